@@ -1,0 +1,57 @@
+"""The events of one training loop, and what a hook is told when they happen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training run stands. Hooks derive everything that changes with time from this.
+
+    epoch, epochs   epochs begun before this one, epochs in all
+    step, steps     optimizer steps taken, steps in all
+    travel          sum over all steps of the learning rate / (1 - momentum): how far a parameter
+                    moves over the whole run under a constant gradient of one
+    weight_decay    of the optimizer, needed where a penalty is derived from the schedule
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    travel: float
+    weight_decay: float
+
+
+class TrainingHooks:
+    """Five no-ops. `trainer.fit` calls them at these places, and at no others:
+
+        before_fit                               once, never again after a resume
+        for each epoch:
+            for each batch:
+                loss = cross_entropy(model(x), y)
+                loss += each term of penalty     float32, outside autocast, logged by name
+                backward
+                after_backward                   gradients exist, the optimizer has not stepped
+                optimizer step
+                after_step                       the weights have moved
+            after_epoch                          before the epoch is evaluated and saved
+    """
+
+    def before_fit(self, model: nn.Module, progress: Progress) -> None:
+        """Change the model before the first epoch."""
+
+    def penalty(self, model: nn.Module, progress: Progress) -> Mapping[str, Tensor]:
+        """Differentiable scalars to add to the loss, by name."""
+        return {}
+
+    def after_backward(self, model: nn.Module, progress: Progress) -> None:
+        """Change gradients."""
+
+    def after_step(self, model: nn.Module, progress: Progress) -> None:
+        """Change weights after every optimizer step."""
+
+    def after_epoch(self, model: nn.Module, progress: Progress) -> None:
+        """Change weights after every epoch."""
