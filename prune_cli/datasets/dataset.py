@@ -1,0 +1,63 @@
+"""What a data set gives to the pipeline: three splits that yield batches on the device."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Split(Protocol):
+    """Some images with their labels."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def batches(self, batch_size: int, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of normalised float32 images (N, C, H, W) and int64 labels (N,), on the device.
+
+        With a `seed` the order is shuffled and the images are augmented, both decided by the seed
+        alone; without one the order is the stored order and nothing is augmented. The last batch
+        may be smaller.
+        """
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The loaded data set. `validation` is None when nothing was held out."""
+
+    train: Split
+    validation: Split | None
+    test: Split
+    channels: int
+    resolution: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class Dataset(ABC):
+    """A data set's settings; reading happens in `load`."""
+
+    name: str
+
+    @abstractmethod
+    def load(
+        self, data_root: Path, device: torch.device, *, validation: float, limit: int | None, workers: int
+    ) -> Splits:
+        """Read the data.
+
+        data_root: folder that holds (or receives, for what can be downloaded) the files.
+        validation: fraction of the training split held out, stratified by class, always the same
+        images for the same fraction; 0 gives `Splits.validation = None`.
+        limit: use only this many images of each split (stratified), None uses all.
+        Raises UserError: data missing and not to be had, saying what, where it was looked for and
+        how to get it.
+        """
+
+    def fingerprint(self, data_root: Path) -> str:
+        """Identifies the content; part of every result's key. The name suffices for data sets
+        whose content is fixed by the name; folders override it."""
+        return self.name
