@@ -1,0 +1,69 @@
+"""A convolution of which only the surviving stripes exist: the shipped form of stripe-wise pruning."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prune_cli.kernels.stripe_conv import StripePattern, stripe_conv2d
+
+
+class StripeConv2d(nn.Module):
+    """Conv2d with (O, K, K) stripes of C input channels each, of which only S survive.
+
+    stripes  (S, C) parameter, ordered by (kernel row, kernel column, filter)
+    bias     (O,) parameter or None
+    pattern  (O, K, K) bool buffer, True where a stripe survives
+
+    There is nothing to hold at zero while training: a removed stripe has no parameter. Training
+    scatters the stripes into a dense weight and convolves; inference goes through the stripe-wise
+    kernels, which compute surviving stripes only.
+    """
+
+    def __init__(
+        self, in_channels: int, pattern: Tensor, stride: tuple[int, int], padding: tuple[int, int], bias: bool
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, pattern.shape[0]
+        self.stride, self.padding = tuple(stride), tuple(padding)
+        self.stripes = nn.Parameter(torch.empty(int(pattern.sum()), in_channels))
+        self.bias = nn.Parameter(torch.empty(self.out_channels)) if bias else None
+        self.register_buffer("pattern", pattern.bool())
+        self._plan: StripePattern | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def from_conv(cls, conv: nn.Conv2d, pattern: Tensor) -> "StripeConv2d":
+        """The stripes of `conv` at `pattern` (O, K, K); groups and dilation must be 1."""
+        layer = cls(conv.in_channels, pattern, conv.stride, conv.padding, conv.bias is not None)
+        layer = layer.to(conv.weight.device).train(conv.training)
+        layer.stripes.copy_(conv.weight.permute(2, 3, 0, 1)[layer.pattern.permute(1, 2, 0)])
+        if conv.bias is not None:
+            layer.bias.copy_(conv.bias)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, C, K, K): the dense weight, zero where a stripe is gone; differentiable."""
+        dense = self.stripes.new_zeros(*self.pattern.permute(1, 2, 0).shape, self.in_channels)
+        dense = dense.masked_scatter(self.pattern.permute(1, 2, 0).unsqueeze(-1), self.stripes)
+        return dense.permute(2, 3, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or torch.is_grad_enabled():
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        if self._plan is None or self._plan.device != x.device:
+            self._plan = StripePattern(self.pattern.to(x.device))
+        return stripe_conv2d(x, self.stripes, self._plan, self.bias, self.stride, self.padding)
+
+    def macs(self, output: Tensor) -> int:
+        """Multiply-adds of one image whose output is (N, O, H, W)."""
+        return self.stripes.numel() * output.shape[-2] * output.shape[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # derived from `pattern`; a copy derives its own
+
+    def extra_repr(self) -> str:
+        alive, total = len(self.stripes), self.pattern.numel()
+        return f"{self.in_channels}, {self.out_channels}, stripes={alive}/{total}, stride={self.stride}"

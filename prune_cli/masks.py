@@ -1,0 +1,65 @@
+"""Which units of which layers are kept: an immutable mapping from layer name to bool tensor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+# The axes of a convolution's weight (O, I, K, K) that index one unit; the unit spans the others.
+UNIT_AXES = {"filter": (0,), "stripe": (0, 2, 3), "group": (1, 2, 3), "weight": (0, 1, 2, 3)}
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The outcome of a selection.
+
+    unit       what is removed together, a key of UNIT_AXES
+    keep       per layer, bool, True = kept; its shape is the weight's shape at UNIT_AXES[unit]:
+               (O,) for filters, (O, K, K) for stripes
+    requested  fraction of the units that was to be removed
+    notes      sentences a user should read: where a floor acted, why a ranking is not to be trusted
+    """
+
+    unit: str
+    keep: Mapping[str, Tensor]
+    requested: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Number of prunable units."""
+        return sum(keep.numel() for keep in self.keep.values())
+
+    @property
+    def obtained(self) -> float:
+        """Fraction of the units that is removed."""
+        return 1 - sum(int(keep.sum()) for keep in self.keep.values()) / self.total
+
+    def of(self, layer: str, weight: Tensor) -> Tensor:
+        """The layer's mask as a bool tensor that broadcasts against `weight`."""
+        axes = [axis for axis in UNIT_AXES[self.unit] if axis < weight.ndim]
+        shape = [size if axis in axes else 1 for axis, size in enumerate(weight.shape)]
+        return self.keep[layer].to(weight.device).reshape(shape)
+
+    def with_notes(self, *notes: str) -> "Masks":
+        """The same masks with further notes."""
+        return replace(self, notes=self.notes + notes)
+
+
+def dead_filters(masks: Masks, layer: str, module: nn.Module) -> Tensor:
+    """(O,) bool: filters of the layer of which no weight is kept; none for an unmasked layer."""
+    if layer not in masks.keep:
+        return torch.zeros(module.weight.shape[0], dtype=torch.bool)
+    keep = masks.of(layer, module.weight).expand_as(module.weight)
+    return ~keep.flatten(1).any(1).cpu()
+
+
+def random_like(masks: Masks, seed: int) -> Masks:
+    """The control: as many units removed from every layer as in `masks`, chosen at random."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = {}
+    for layer, mask in masks.keep.items():
+        order = torch.randperm(mask.numel(), generator=generator)
+        keep[layer] = mask.flatten().cpu()[order].reshape(mask.shape)
+    return Masks(masks.unit, keep, masks.requested)

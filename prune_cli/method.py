@@ -1,0 +1,81 @@
+"""The protocol of a pruning method: only what differs between methods.
+
+A run is  pretrain: fit(network, no hooks)
+          sparsify: fit(prepare(network), method)         where `start` is not None
+          prune:    masks = prune(network, ratio); cut(compensate(network, masks), masks)
+          finetune: fit(cut network, constraint(masks))   where `finetune` is true
+and the loop in `fit` is drawn in `hooks.TrainingHooks`. A method is a frozen dataclass without
+state: what must live between steps is a buffer of the layers that `prepare` installs, or a
+function of `Progress`; so an interrupted run resumes without a line of method code.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prune_cli.hooks import Progress, TrainingHooks
+from prune_cli.masks import Masks
+
+
+def selection_field(**options: Any) -> Any:
+    """A dataclass field that is read by `prune` only: changing it trains nothing again."""
+    return field(metadata={"selection": True}, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningMethod(TrainingHooks, ABC):
+    """Base of all methods.
+
+    start     what sparsify trains: `init` the untrained network, `dense` the trained one,
+              None = nothing, the dense network itself is pruned
+    finetune  whether the cut network is trained again
+    """
+
+    unit: ClassVar[str]
+    start: Literal["init", "dense", None] = None
+    finetune: bool = selection_field(default=False)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """A copy of the network with the layers installed that sparsify trains.
+
+        Raises UserError when the network has nothing this method could remove.
+        """
+        return copy.deepcopy(model)
+
+    @abstractmethod
+    def prune(self, model: nn.Module, ratio: float) -> Masks:
+        """Select; the network is left as it is."""
+
+    def compensate(self, model: nn.Module, masks: Masks) -> nn.Module:
+        """The network with its surviving weights adjusted for what is about to be removed."""
+        return model
+
+    def constraint(self, masks: Masks) -> TrainingHooks:
+        """What holds while the cut network is fine-tuned."""
+        return KeepPruned(masks)
+
+    def watch(self, model: nn.Module) -> dict[str, Tensor]:
+        """Tensors of the prepared network whose histograms are worth logging, by layer."""
+        return {}
+
+    def training_settings(self) -> dict[str, Any]:
+        """The fields that sparsify depends on; part of its key."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("selection")}
+
+
+@dataclass(frozen=True)
+class KeepPruned(TrainingHooks):
+    """Holds pruned weights at exactly zero: masks after the step, since momentum moves weights
+    whose gradient is zero."""
+
+    masks: Masks
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, progress: Progress) -> None:
+        for layer in self.masks.keep:
+            weight = model.get_submodule(layer).weight
+            weight.mul_(self.masks.of(layer, weight))

@@ -1,0 +1,81 @@
+"""Scores to masks. Every threshold, every scope and every floor of the program stands here.
+
+The floor: no layer loses all of its units. The unit with the highest score of each layer is never
+removed; where that changed a selection, the masks carry a note that says so.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from prune_cli.masks import Masks
+
+Scores = Mapping[str, Tensor]
+
+
+def keep_best(scores: Tensor) -> Tensor:
+    """Bool of the shape of `scores`, True at one unit with the highest score."""
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    best.view(-1)[scores.argmax()] = True
+    return best
+
+
+def select_global(scores: Scores, ratio: float, unit: str) -> Masks:
+    """Remove the fraction `ratio` of all units, the lowest scores first, ranked across layers.
+
+    Units with a score of exactly zero are dead and always removed, also where they are more than
+    `ratio`. What the floor protects in one layer is removed elsewhere, so that the ratio is met.
+    """
+    flat = torch.cat([s.flatten() for s in scores.values()]).float()
+    protected = torch.cat([keep_best(s).flatten() for s in scores.values()])
+    count = min(round(ratio * flat.numel()), int((~protected).sum()))
+    ranking = torch.where(protected, torch.inf, flat).argsort(stable=True)
+    removed = torch.zeros_like(protected)
+    removed[ranking[:count]] = True
+    unprotected = flat.argsort(stable=True)[:count]
+    held = protected & torch.zeros_like(protected).index_fill(0, unprotected, True)
+    removed |= (flat == 0) & ~protected
+    parts = (~removed).split([s.numel() for s in scores.values()])
+    held_parts = held.split([s.numel() for s in scores.values()])
+    keep = {layer: part.reshape(scores[layer].shape) for layer, part in zip(scores, parts)}
+    floors = [layer for layer, part in zip(scores, held_parts) if part.any()]
+    return Masks(unit, keep, ratio, _floor_note(floors, unit))
+
+
+def select_local(scores: Scores, ratios: Mapping[str, float], unit: str, requested: float) -> Masks:
+    """Remove the fraction `ratios[layer]` of each layer's units, the lowest scores first.
+
+    A layer keeps `int(n * (1 - ratio))` units (the authors' rounding, PFEC and SFP), at least one.
+    """
+    keep, floors = {}, []
+    for layer, score in scores.items():
+        # 1e-9: 10 * (1 - 0.9) is 0.99.. in binary and means 1
+        kept = math.floor(score.numel() * (1 - ratios[layer]) + 1e-9)
+        if kept < 1:
+            floors.append(layer)
+        best = score.flatten().argsort(descending=True, stable=True)[: max(kept, 1)]
+        mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+        mask[best] = True
+        keep[layer] = mask.reshape(score.shape)
+    return Masks(unit, keep, requested, _floor_note(floors, unit))
+
+
+def select_threshold(scores: Scores, threshold: float, unit: str, requested: float) -> Masks:
+    """Remove every unit whose score is not above `threshold`, the same for all layers."""
+    keep, floors = {}, []
+    for layer, score in scores.items():
+        mask = score > threshold
+        if not mask.any():
+            floors.append(layer)
+            mask = keep_best(score)
+        keep[layer] = mask
+    return Masks(unit, keep, requested, _floor_note(floors, unit))
+
+
+def _floor_note(layers: list[str], unit: str) -> tuple[str, ...]:
+    if not layers:
+        return ()
+    shown = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
+    return (f"The selection would have emptied {shown}: one {unit} is kept there.",)
