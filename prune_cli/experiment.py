@@ -1,33 +1,11 @@
 """One experiment: everything that decides a result, and the runtime that does not."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
+from dataclasses import dataclass
 
 from prune_cli.datasets.dataset import Dataset
 from prune_cli.method import PruningMethod
+from prune_cli.models.spec import ModelSpec
 from prune_cli.settings import Recipe, Runtime
-from prune_cli.targets import resolve
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A network as plain data: an importable callable and its keyword arguments.
-
-    The callable is called as `target(channels=C, resolution=H, classes=K, **arguments)`.
-    """
-
-    name: str
-    target: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    def build(self, channels: int, resolution: int, classes: int) -> nn.Module:
-        """The network with fresh weights for (N, channels, resolution, resolution) inputs."""
-        model = resolve(self.target)(channels=channels, resolution=resolution, classes=classes, **self.arguments)
-        model.input_shape = (channels, resolution, resolution)
-        return model
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+"""Which layers share channels, and removing a channel from all of them.
+
+The only importer of Torch-Pruning, whose DependencyGraph (Fang et al., CVPR 2023) finds the groups.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from prune_cli.layers.shortcut import ShortcutA
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Output channels that exist or vanish together.
+
+    producers  names of the convolutions and linear layers that write these channels; more than
+               one where a residual sum couples them
+    norms      names of the batch norms on them
+    width      number of channels
+    removable  False where the network's output or a parameter-free shortcut fixes the width
+    """
+
+    producers: tuple[str, ...]
+    norms: tuple[str, ...]
+    width: int
+    removable: bool
+
+
+class ChannelGraph:
+    """The channel groups of a network. Removing channels changes the network in place.
+
+    model.input_shape is the (C, H, W) that the network is traced with.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        like = next(model.parameters())
+        example = torch.zeros(1, *model.input_shape, device=like.device, dtype=like.dtype)
+        flags = [(module, module.training) for module in model.modules()]
+        with _placeholders(model) as self._placeholders, torch.enable_grad():
+            self._graph = tp.DependencyGraph().build_dependency(
+                # The addition is a node after the last layer: where the network's output begins.
+                model, example, verbose=False, output_transform=lambda logits: logits + 0
+            )
+            self._names = {module: name for name, module in model.named_modules()}
+            self._roots = {}
+            self.groups = tuple(
+                self._describe(found)
+                for found in self._graph.get_all_groups()
+                if found[0].dep.target.module not in self._placeholders
+            )
+        for module, training in flags:  # tracing leaves everything in evaluation mode
+            module.training = training
+
+    @property
+    def inner(self) -> tuple[ChannelGroup, ...]:
+        """The groups with one producer: their channels can be chosen without asking another layer."""
+        return tuple(g for g in self.groups if g.removable and len(g.producers) == 1)
+
+    def outputs(self, group: ChannelGroup, channels: Sequence[int]) -> dict[str, list[int]]:
+        """The output channels of every producer and norm that are these `channels` of the group."""
+        items = self._items(group, channels)
+        return {self._names[dep.target.module]: list(idxs) for dep, idxs in items if self._is_output(dep)}
+
+    def remove(self, group: ChannelGroup, channels: Sequence[int]) -> None:
+        """Remove the channels from every layer that writes, normalises or reads them."""
+        with torch.no_grad():
+            self._items(group, channels).prune()
+
+    def _items(self, group: ChannelGroup, channels: Sequence[int]):
+        root = self._roots[group.producers[0]]
+        return self._graph.get_pruning_group(root.dep.target.module, root.dep.handler, list(channels))
+
+    def _describe(self, found) -> ChannelGroup:
+        producers, norms, removable = [], [], True
+        for dep, _ in found:
+            module = dep.target.module
+            if module in self._placeholders or isinstance(module, tp.ops._OutputOp):
+                removable = False
+            elif self._is_output(dep):
+                (norms if isinstance(module, _NormBase) else producers).append(self._names[module])
+        self._roots[producers[0]] = found[0]
+        return ChannelGroup(tuple(producers), tuple(norms), len(found[0].idxs), removable)
+
+    def _is_output(self, dep) -> bool:
+        return dep.target.module in self._names and self._graph.is_out_channel_pruning_fn(dep.handler)
+
+
+@contextmanager
+def _placeholders(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """While tracing, a parameter-free shortcut is a convolution.
+
+    A tracer walks through slicing and padding as if channel i stayed channel i, and couples the
+    wrong layers without a word; a convolution is where it stops.
+    """
+    swapped = {name: module for name, module in model.named_modules() if isinstance(module, ShortcutA)}
+    stand_ins = set()
+    like = next(model.parameters())
+    for name, shortcut in swapped.items():
+        conv = nn.Conv2d(shortcut.in_channels, shortcut.out_channels, 1, shortcut.stride, bias=False)
+        conv = conv.to(device=like.device, dtype=like.dtype)
+        stand_ins.add(conv)
+        model.set_submodule(name, conv)
+    try:
+        yield stand_ins
+    finally:
+        for name, shortcut in swapped.items():
+            model.set_submodule(name, shortcut)

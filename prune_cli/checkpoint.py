@@ -1,0 +1,94 @@
+"""A network as one self-contained file: safetensors with the recipe for its modules in the header.
+
+The header says how to build the dense network (`ModelSpec`) and what surgery changed: attributes
+of layers, and which layers became stripe convolutions. Both are plain data; loading builds the
+dense network, replays the surgery, and fills in the tensors. No pickle, no run folder.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prune_cli.errors import UserError
+from prune_cli.layers.stripe import StripeConv2d
+from prune_cli.models.spec import ModelSpec
+
+FORMAT = "prune-cli/1"
+# What says how wide a layer is, besides its tensors.
+WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features")
+
+
+def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> None:
+    """Write `model`, which `spec` built and surgery may have cut, to `path`."""
+    channels, resolution = model.input_shape[0], model.input_shape[1]
+    widths, stripes = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, StripeConv2d):
+            stripes[name] = {"in_channels": module.in_channels}
+        elif found := {a: getattr(module, a) for a in WIDTHS if isinstance(getattr(module, a, None), int)}:
+            widths[name] = found
+    header = {
+        "format": FORMAT,
+        "model": asdict(spec),
+        "shape": {"channels": channels, "resolution": resolution, "classes": classes},
+        "widths": widths,
+        "stripes": stripes,
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, path, metadata={"prune_cli": json.dumps(header)})
+
+
+def load_model(path: Path | str) -> nn.Module:
+    """The network in the file, on the CPU, in evaluation mode.
+
+    Raises UserError: no such file, or not one of ours.
+    """
+    header, tensors = _read(Path(path))
+    spec = ModelSpec(**header["model"])
+    model = spec.build(**header["shape"])
+    for name, width in header["widths"].items():
+        for attribute, value in width.items():
+            setattr(model.get_submodule(name), attribute, value)
+    for name, stripe in header["stripes"].items():
+        conv = model.get_submodule(name)
+        pattern = tensors[f"{name}.pattern"]
+        layer = StripeConv2d(stripe["in_channels"], pattern, conv.stride, conv.padding, conv.bias is not None)
+        model.set_submodule(name, layer)
+    _resize(model, tensors)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def file_bytes(path: Path) -> int:
+    """Size of the file."""
+    return path.stat().st_size
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a checkpoints/*.safetensors of a run")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("prune_cli", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as problem:
+        raise UserError(f"{path}: damaged or not a safetensors file ({problem})") from problem
+    if header.get("format") != FORMAT:
+        raise UserError(f"{path}: not written by prune-cli (format {header.get('format')}, expected {FORMAT})")
+    return header, tensors
+
+
+def _resize(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give every parameter and buffer the shape it has in the file."""
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, leaf)
+        if old.shape != tensor.shape:
+            new = torch.empty_like(tensor)
+            setattr(module, leaf, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)

@@ -1,0 +1,113 @@
+"""Stripe-wise pruning: "Pruning Filter in Filter" (Meng et al., NeurIPS 2020)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prune_cli.channels import ChannelGraph
+from prune_cli.errors import UserError
+from prune_cli.hooks import Progress
+from prune_cli.layers.skeleton import SkeletonConv2d
+from prune_cli.masks import Masks
+from prune_cli.method import PruningMethod, selection_field
+from prune_cli.selection import keep_best, select_global, select_threshold
+from prune_cli.settings import NonNegative, Positive
+
+# Removed stripes this close to the kept ones (ratio of mean |skeleton|) were chosen by noise.
+SEPARATION = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class StripePruning(PruningMethod):
+    """A trainable skeleton value per stripe, driven to zero by an L1 penalty.
+
+    alpha      weight of the penalty alpha * sum |skeleton|; None derives it from the schedule
+    strength   used when alpha is None: how many times over the schedule would drive an unused
+               stripe from one to zero. The published CIFAR-10 setting is a strength of 2.7
+    threshold  a stripe whose |skeleton| is not above it after a step is dead for good
+    train      `all` weights, or `skeleton`: the paper's second experiment, in which nothing but
+               the skeleton of a random network is trained
+    select     `ratio` removes that fraction of all stripes by global rank of |skeleton| (all dead
+               ones where they are more); `threshold` removes what is not above the threshold, as
+               the paper does
+    """
+
+    unit: ClassVar[str] = "stripe"
+    start: Literal["init", "dense"] = "init"
+    alpha: NonNegative | None = None
+    strength: Positive = 1.3
+    threshold: NonNegative = 0.01
+    train: Literal["all", "skeleton"] = "all"
+    select: Literal["ratio", "threshold"] = selection_field(default="ratio")
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        model = super().prepare(model)
+        graph = ChannelGraph(model)
+        norms = {g.producers[0]: g.norms[0] for g in graph.inner if g.norms}
+        for name, module in list(model.named_modules()):
+            if _has_stripes(module):
+                layer = SkeletonConv2d.from_conv(module)
+                layer.norm = norms.get(name)
+                model.set_submodule(name, layer)
+        if not _skeletons(model):
+            raise UserError("method=stripe: the model has no convolution larger than 1x1 (without groups and dilation)")
+        if self.train == "skeleton":
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = name.endswith(".skeleton")
+        return model
+
+    def penalty(self, model: nn.Module, progress: Progress) -> dict[str, Tensor]:
+        skeletons = torch.cat([layer.skeleton.flatten() for layer in _skeletons(model).values()])
+        return {"skeleton_l1": self.penalty_weight(progress) * skeletons.abs().sum()}
+
+    def penalty_weight(self, progress: Progress) -> float:
+        """alpha. An unused skeleton value s moves by ds = -(alpha + weight decay * s) per unit of
+        travel, so it is zero after log(1 + weight decay / alpha) / weight decay units: solved for
+        alpha where that is 1 / strength of the schedule's travel."""
+        if self.alpha is not None:
+            return self.alpha
+        travel = progress.travel / self.strength
+        decayed = progress.weight_decay * travel
+        return progress.weight_decay / math.expm1(decayed) if decayed > 1e-6 else 1 / travel
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, progress: Progress) -> None:
+        for layer in _skeletons(model).values():
+            strength = layer.skeleton.abs() * layer.alive
+            # The layer's strongest stripe stays: an empty layer would end the network.
+            layer.alive.copy_((strength > self.threshold) | keep_best(strength))
+            layer.skeleton.mul_(layer.alive)
+            if layer.norm is not None:
+                norm, live = model.get_submodule(layer.norm), layer.alive.flatten(1).any(1)
+                norm.weight.mul_(live)
+                norm.bias.mul_(live)
+
+    def prune(self, model: nn.Module, ratio: float) -> Masks:
+        scores = self.watch(model)
+        if self.select == "threshold":
+            return select_threshold(scores, self.threshold, self.unit, requested=ratio)
+        masks = select_global(scores, ratio, self.unit)
+        kept = torch.cat([scores[name][keep] for name, keep in masks.keep.items()])
+        removed = torch.cat([scores[name][~keep] for name, keep in masks.keep.items()])
+        if len(removed) and removed.mean() > SEPARATION * kept.mean():
+            return masks.with_notes(
+                f"The skeleton has not separated: removed stripes have a mean strength of {removed.mean():.3f}, "
+                f"kept ones {kept.mean():.3f}, so the ranking is noise; raise method.strength or train longer."
+            )
+        return masks
+
+    def watch(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: (layer.skeleton.detach() * layer.alive).abs() for name, layer in _skeletons(model).items()}
+
+
+def _has_stripes(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return math.prod(module.kernel_size) > 1 and module.groups == 1 and module.dilation == (1, 1)
+
+
+def _skeletons(model: nn.Module) -> dict[str, SkeletonConv2d]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SkeletonConv2d)}

@@ -1,0 +1,154 @@
+"""What a run leaves behind as plain data: one `Record`, the only thing that reports read.
+
+No torch: reports and tables open in the time it takes to parse JSON.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from prune_cli.errors import UserError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward pass: median, 25th and 75th percentile of `runs` runs, milliseconds."""
+
+    batch: int
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """The network as one stage left it.
+
+    stage            dense, sparse, pruned, random (the control: random selection at the same
+                     ratio) or finetuned
+    key              of its artifact in the store
+    accuracy         top-1 on the test set after the last epoch, in [0, 1]; read once
+    validation       the same on the validation split, None where nothing was held out
+    best_validation  highest of all epochs, reached after epoch `best_epoch` (the first is 1)
+    parameters       numbers stored; macs: multiply-adds of one image; file_bytes: of the artifact
+    seconds          spent when it was computed; cached: it came from the store this time
+    """
+
+    stage: str
+    key: str
+    accuracy: float
+    validation: float | None
+    best_validation: float | None
+    best_epoch: int | None
+    parameters: int
+    macs: int
+    file_bytes: int
+    latency: tuple[Latency, ...] = ()
+    seconds: float = 0.0
+    cached: bool = False
+
+    def at(self, batch: int) -> Latency | None:
+        """The latency at this batch size, None where it was not measured."""
+        return next((latency for latency in self.latency if latency.batch == batch), None)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. `config`, `machine` and `versions` hold plain JSON values.
+
+    `requested` and `obtained` are fractions of what `unit` names. In a run that did not finish
+    `status` says failed or interrupted, `failure` why, and what is not known is None.
+    """
+
+    name: str
+    status: str
+    command: str
+    config: dict[str, Any]
+    seed: int | None
+    ratio: float | None
+    unit: str | None
+    requested: float | None
+    obtained: float | None
+    notes: tuple[str, ...]
+    stages: tuple[StageResult, ...]
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    failure: str | None = None
+    schema: int = SCHEMA
+
+    def stage(self, name: str) -> StageResult | None:
+        """The result of the stage called `name`, None when the run has no such stage."""
+        return next((result for result in self.stages if result.stage == name), None)
+
+    @property
+    def objective(self) -> float | None:
+        """What a sweeper maximises: the accuracy of the smaller network a user would take."""
+        last = self.stage("finetuned") or self.stage("pruned")
+        return last.accuracy if last else None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The record in the file `path`. Raises UserError: missing, damaged, another schema."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            schema = values["schema"]
+            if schema != SCHEMA:
+                raise UserError(f"{path}: a record of schema {schema}; this version reads {SCHEMA}")
+            stages = tuple(_stage(stage) for stage in values["stages"])
+            return cls(**{**values, "stages": stages, "notes": tuple(values["notes"])})
+        except OSError as problem:
+            raise UserError(f"{path}: no record can be read there ({problem.strerror})") from problem
+        except (ValueError, TypeError, KeyError) as problem:
+            raise UserError(f"{path}: not a record ({problem})") from problem
+
+    def write(self, path: Path) -> None:
+        """Write JSON to `path`: the whole file or nothing."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                json.dump(asdict(self), file, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _stage(values: Mapping[str, Any]) -> StageResult:
+    return StageResult(**{**values, "latency": tuple(Latency(**latency) for latency in values["latency"])})
+
+
+def write_failure(
+    run_dir: Path, sentence: str, *, config: Mapping[str, Any], command: str, status: str = "failed"
+) -> None:
+    """Write the record.json of a run that ended with `sentence` instead of a result.
+
+    `run_dir` is outputs/runs/<name>/<date>_<time>; `status` is failed or interrupted.
+    """
+    run_dir = Path(run_dir)
+    ratio = config.get("ratio")
+    Record(
+        name=run_dir.absolute().parent.name,
+        status=status,
+        command=command,
+        config=dict(config),
+        seed=config.get("seed"),
+        ratio=ratio,
+        unit=None,
+        requested=ratio,
+        obtained=None,
+        notes=(),
+        stages=(),
+        machine={},
+        versions={},
+        failure=sentence,
+    ).write(run_dir / "record.json")

@@ -1,0 +1,170 @@
+"""Removal, for every method: what the masks say is taken out of the network.
+
+    plain     training layers become ordinary ones (a skeleton is merged into its weight)
+    mask      the reference: removed units are zero, removed channels also in bias and batch norm
+    cut       dead channels are gone, stripes are packed; what is left to hold comes back as masks
+    verify    masked and cut network compute the same, or the first layer that differs is named
+
+A removed channel's batch norm constant is dropped, as the papers' code does: its scale and shift
+are zero in the masked network, which makes the removal exact.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prune_cli.channels import ChannelGraph, ChannelGroup
+from prune_cli.errors import StageError
+from prune_cli.layers.stripe import StripeConv2d
+from prune_cli.masks import Masks, dead_filters
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy in which every layer that has a `plain()` form is replaced by it."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "plain"):
+            model.set_submodule(name, module.plain())
+    return model
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut network, and how it relates to the masked one.
+
+    model    the smaller network
+    masks    what must still be held at zero in it, in its own coordinates
+    removed  per layer the output channels that are gone, in the old coordinates
+    """
+
+    model: nn.Module
+    masks: Masks
+    removed: dict[str, list[int]]
+
+
+def mask(model: nn.Module, masks: Masks) -> nn.Module:
+    """A plain copy of the network with all removed units at zero."""
+    model = plain(model)
+    _zero_units(model, masks)
+    graph = ChannelGraph(model)
+    for group, channels in _dead_channels(graph, masks):
+        _zero_channels(model, graph.outputs(group, channels))
+    return model
+
+
+def cut(model: nn.Module, masks: Masks) -> Cut:
+    """A plain copy of the network without the removed units.
+
+    A channel goes when every layer that writes it is masked there; the others' dead filters stay
+    as zeros (filters inside a residual sum) or vanish as stripes.
+    """
+    model = plain(model)
+    _zero_units(model, masks)
+    graph = ChannelGraph(model)
+    removed: dict[str, list[int]] = {}
+    for group, channels in _dead_channels(graph, masks):
+        outputs = graph.outputs(group, channels)
+        _zero_channels(model, outputs)
+        removed |= outputs
+        graph.remove(group, channels)
+    remaining = _remap(masks, removed)
+    if masks.unit == "stripe":
+        _pack_stripes(model, remaining)
+        remaining = Masks(masks.unit, {}, masks.requested)
+    return Cut(model, remaining, removed)
+
+
+@torch.no_grad()
+def verify(masked: nn.Module, small: Cut, tolerance: float = 1e-4) -> None:
+    """Compare the two networks in evaluation mode on random images, float32.
+
+    Raises StageError naming the first layer whose output differs by more than `tolerance`
+    relative to the largest value of that layer.
+    """
+    like = next(masked.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, *masked.input_shape, generator=generator).to(like.device)
+    expected, found = _outputs(masked, x), _outputs(small.model, x)
+    if _difference(expected[""], found[""]) <= tolerance:
+        return
+    for name, reference in expected.items():
+        if name not in found:
+            continue
+        kept = [c for c in range(reference.shape[1]) if c not in set(small.removed.get(name, ()))]
+        if reference[:, kept].shape == found[name].shape:
+            difference = _difference(reference[:, kept], found[name])
+            if difference > tolerance:
+                raise StageError(
+                    f"The cut network differs from the masked one: {name or 'the output'} is off by "
+                    f"{difference:.1e} relative, allowed {tolerance:.0e}"
+                )
+    raise StageError("The cut network differs from the masked one in its output")
+
+
+def _zero_units(model: nn.Module, masks: Masks) -> None:
+    with torch.no_grad():
+        for layer in masks.keep:
+            weight = model.get_submodule(layer).weight
+            weight.mul_(masks.of(layer, weight))
+
+
+def _dead_channels(graph: ChannelGraph, masks: Masks) -> list[tuple[ChannelGroup, list[int]]]:
+    """Per removable group the channels that all of its producers have lost; at least one stays."""
+    found = []
+    for group in graph.groups:
+        if not group.removable:
+            continue
+        dead = torch.stack([dead_filters(masks, p, graph.model.get_submodule(p)) for p in group.producers]).all(0)
+        channels = dead.nonzero().flatten().tolist()
+        if channels:
+            found.append((group, channels))
+    return found
+
+
+def _zero_channels(model: nn.Module, outputs: dict[str, list[int]]) -> None:
+    with torch.no_grad():
+        for name, channels in outputs.items():
+            module = model.get_submodule(name)
+            for parameter in (module.weight, module.bias):
+                if parameter is not None:
+                    parameter[channels] = 0
+
+
+def _remap(masks: Masks, removed: dict[str, list[int]]) -> Masks:
+    """The masks of the cut network: rows of removed filters are gone, whole layers are dropped."""
+    keep = {}
+    for layer, mask_ in masks.keep.items():
+        left = torch.ones(mask_.shape[0], dtype=torch.bool, device=mask_.device)
+        left[removed.get(layer, [])] = False
+        if not mask_[left].all() or masks.unit == "stripe":
+            keep[layer] = mask_[left]
+    return Masks(masks.unit, keep, masks.requested)
+
+
+def _pack_stripes(model: nn.Module, masks: Masks) -> None:
+    for layer, pattern in masks.keep.items():
+        if not pattern.all():
+            model.set_submodule(layer, StripeConv2d.from_conv(model.get_submodule(layer), pattern.cpu()))
+
+
+def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output of every layer that has parameters, in order of execution; "" is the network's."""
+    outputs: dict[str, Tensor] = {}
+    names = {module: name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))}
+    handles = [
+        module.register_forward_hook(lambda m, _, y: outputs.setdefault(names[m], y.detach())) for module in names
+    ]
+    training = [(module, module.training) for module in model.modules()]
+    outputs[""] = torch.empty(0)  # first in order, filled last
+    outputs[""] = model.eval()(x)
+    for handle in handles:
+        handle.remove()
+    for module, flag in training:
+        module.training = flag
+    return {**{k: v for k, v in outputs.items() if k}, "": outputs[""]}
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
