@@ -1,9 +1,13 @@
 """Which units of which layers are kept: an immutable mapping from layer name to bool tensor."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 # The axes of a convolution's weight (O, I, K, K) that index one unit; the unit spans the others.
@@ -45,6 +49,20 @@ class Masks:
     def with_notes(self, *notes: str) -> "Masks":
         """The same masks with further notes."""
         return replace(self, notes=self.notes + notes)
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file."""
+        header = {"unit": self.unit, "requested": self.requested, "notes": self.notes}
+        tensors = {layer: keep.cpu().contiguous() for layer, keep in self.keep.items()}
+        save_file(tensors, path, metadata={"masks": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Masks":
+        """Read what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["masks"])
+            keep = {layer: file.get_tensor(layer) for layer in file.keys()}
+        return cls(header["unit"], keep, header["requested"], tuple(header["notes"]))
 
 
 def dead_filters(masks: Masks, layer: str, module: nn.Module) -> Tensor:

@@ -7,9 +7,10 @@ or raises one sentence. No hydra, no omegaconf, no torch.
 
 import difflib
 import inspect
+import math
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prune_cli.errors import UserError
@@ -97,35 +98,50 @@ class Runtime:
     latency_seconds: NonNegative
 
 
-def nearest(name: str, allowed) -> str:
+def close_names(name: str, allowed: Iterable[str]) -> list[str]:
+    """Up to three of the `allowed` names that a misspelt `name` may have meant, closest first."""
+    return difflib.get_close_matches(str(name), sorted({str(a) for a in allowed}), n=3, cutoff=0.6)
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
     """The part of an error sentence that says what is allowed, closest first: 'did you mean ...'."""
     names = sorted({str(a) for a in allowed})
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    if close:
-        return "did you mean " + " or ".join(close) + "?"
-    return "allowed: " + ", ".join(names) if names else "nothing is allowed here"
+    listed = "allowed: " + ", ".join(names) if names else "nothing is allowed here"
+    close = close_names(name, names)
+    return f"did you mean {' or '.join(close)}? ({listed})" if close else listed
 
 
-def typed(target: Callable, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def typed(
+    target: Callable, values: Mapping[str, Any], where: str = "", supplied: Collection[str] = ()
+) -> dict[str, Any]:
     """Check `values` against the signature of `target` and return them as its keyword arguments.
 
-    Parameters that `values` leaves out must have a default in the signature. `where` is the dotted
-    path of the mapping ("recipe.pretrain"), used in the sentence.
+    Parameters that `values` leaves out must have a default in the signature, except the ones that
+    the caller has `supplied` itself, which a user may not set. `where` is the dotted path of the
+    mapping ("recipe.pretrain"), used in the sentence.
     Raises UserError: unknown name, missing name, wrong type, value out of bounds.
     """
     parameters = inspect.signature(target).parameters
-    hints = get_type_hints(target if inspect.isfunction(target) else target.__init__, include_extras=True)
-    if inspect.isclass(target):
-        hints = {**get_type_hints(target, include_extras=True), **hints}
+    hints = _hints(target)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named -= set(supplied)
+    prefix = f"{where}." if where else ""
     for name in values:
-        if name not in named and not open_ended:
-            raise UserError(f"{where}.{name}: there is no such setting; {nearest(name, named)}")
+        if name in supplied or (name not in named and not open_ended):
+            raise UserError(f"{prefix}{name}: there is no such setting; {nearest(name, named)}")
     for name in sorted(named - set(values)):
         if parameters[name].default is inspect.Parameter.empty:
-            raise UserError(f"{where}.{name} is missing and has no default")
-    return {name: checked(value, hints.get(name, Any), f"{where}.{name}") for name, value in values.items()}
+            raise UserError(f"{prefix}{name} is missing and has no default")
+    return {name: checked(value, hints.get(name, Any), f"{prefix}{name}") for name, value in values.items()}
+
+
+def _hints(target: Callable) -> dict[str, Any]:
+    """Annotations by parameter. A dataclass may inherit fields from other modules, where only the
+    class knows how to read an annotation written as text."""
+    if inspect.isclass(target) and not is_dataclass(target):
+        target = target.__init__
+    return get_type_hints(target, include_extras=True)
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
@@ -137,21 +153,22 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         value = checked(value, arguments[0], where)
         for bound in arguments[1:]:
             if isinstance(bound, Bounds) and value is not None and not bound.admit(value):
-                raise UserError(f"{where}={value}: must be {bound}")
+                raise UserError(f"{where}={_shown(value)}: must be {bound}")
         return value
     if origin is Literal:
-        if value not in arguments or isinstance(value, bool) != any(a is value for a in arguments if isinstance(a, bool)):
-            raise UserError(f"{where}={value}: {nearest(value, ['null' if a is None else a for a in arguments])}")
-        return value
+        for option in arguments:
+            if type(option) is type(value) and option == value:  # True == 1 == 1.0 elsewhere
+                return option
+        raise UserError(f"{where}={_shown(value)}: {nearest(value, map(_shown, arguments))}")
     if origin in (Union, types.UnionType):
         return _checked_union(value, arguments, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}={value}: must be a list, for example [0.5,0.75]")
+            raise UserError(f"{where}={_shown(value)}: must be a list, for example [0.5,0.75]")
         return tuple(checked(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}={value}: must be a mapping, for example {{name:0.5}}")
+            raise UserError(f"{where}={_shown(value)}: must be a mapping, for example {{name:0.5}}")
         return {k: checked(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
     if inspect.isclass(hint):
         return _checked_class(value, hint, where)
@@ -176,11 +193,21 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def _checked_class(value: Any, kind: type, where: str) -> Any:
-    if isinstance(value, Mapping) and hasattr(kind, "__dataclass_fields__"):
-        return kind(**typed(kind, value, where))
+    if is_dataclass(kind):
+        if isinstance(value, Mapping):
+            return kind(**typed(kind, value, where))
+        if not isinstance(value, kind):
+            raise UserError(f"{where}={_shown(value)}: holds several settings; {nearest('', kind.__dataclass_fields__)}")
+        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf  # float() of more raises
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        shown = "null" if value is None else value
-        raise UserError(f"{where}={shown}: must be {_WORDS.get(kind, kind.__name__)}")
+        raise UserError(f"{where}={_shown(value)}: must be {_WORDS.get(kind, kind.__name__)}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{where}={value}: must be a finite number")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value as one writes it in YAML."""
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)

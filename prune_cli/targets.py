@@ -1,6 +1,9 @@
 """`_target_` strings: dotted paths of importable classes and functions."""
 
+import hashlib
 import importlib
+import inspect
+from pathlib import Path
 
 from prune_cli.errors import UserError
 
@@ -15,3 +18,12 @@ def resolve(target: str):
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as problem:
         raise UserError(f"_target_={target}: cannot be imported ({problem})") from problem
+
+
+def source_hash(target: str) -> str | None:
+    """SHA-256 (16 digits) of the source file that defines `target`; None for our own code, which
+    is versioned. So a result made with a user's own network is not found again after an edit."""
+    if target.startswith("prune_cli."):
+        return None
+    source = inspect.getsourcefile(resolve(target))
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16] if source else None

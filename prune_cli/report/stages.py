@@ -40,8 +40,9 @@ def render(record: Record, console: Console, paths: Mapping[str, Path] | None = 
     Where the table is too wide for the console it becomes two, accuracy and size above latency.
     """
     for table in _fitting(record, console) if record.stages else ():
-        console.print(table)
         console.print()
+        console.print(table)
+    console.print()
     for sentence in sentences(record):
         console.print(Text(sentence))
     width = max((len(name) for name in paths or ()), default=0)
@@ -96,7 +97,7 @@ def theoretical_speedup(record: Record, result: StageResult) -> float | None:
 
 def _columns(record: Record) -> list[Column]:
     """All columns of the table; the first holds the labels."""
-    rows = sorted(record.stages, key=lambda result: ORDER.index(result.stage))
+    rows = sorted(record.stages, key=lambda r: ORDER.index(r.stage) if r.stage in ORDER else len(ORDER))
     batches = sorted({latency.batch for result in rows for latency in result.latency})
 
     def column(header, cell, timed=None):
@@ -114,7 +115,7 @@ def _columns(record: Record) -> list[Column]:
         column("params", lambda r: _scaled(r.parameters)),
         column("MACs", lambda r: _scaled(r.macs)),
         column("file\nsize", lambda r: _scaled(r.file_bytes, "B")),
-        column("speedup\n(theory)", lambda r: _factor(theoretical_speedup(record, r))),
+        column("speedup\ntheory", lambda r: _factor(theoretical_speedup(record, r))),
         *(make(batch) for batch in batches for make in (latency, speedup)),
     ]
 
@@ -142,10 +143,8 @@ def _fitting(record: Record, console: Console) -> list[Table]:
 
 
 def _table(columns: list[Column], title: str | None) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, title_justify="left", title_style="bold"
-    )
-    table.title = title and f"\n{title}\n"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.title, table.title_justify, table.title_style = title and f"{title}\n", "left", "bold"
     for i, column in enumerate(columns):
         table.add_column(column.header, justify="right" if i else "left", no_wrap=True)
     for cells in zip(*(column.cells for column in columns), strict=True):
@@ -159,17 +158,14 @@ def _title(record: Record) -> str:
 
 def _slower(record: Record) -> list[str]:
     """A sentence for every batch size at which pruning made the network slower."""
-    said = []
-    for result in record.stages:
-        # Fine-tuning does not change what runs; it speaks only where pruned was not timed.
-        if result.stage == "pruned" or (result.stage == "finetuned" and not record.stage("pruned").latency):
-            for latency in result.latency:
-                speedup = measured_speedup(record, result, latency.batch)
-                if speedup is not None and round(speedup, 2) < 1:
-                    said.append(
-                        f"The pruned model is slower than the dense one at batch {latency.batch}: {speedup:.2f}x."
-                    )
-    return said
+    # Fine-tuning does not change what runs, so it speaks where the pruned network was not timed.
+    smaller = [result for name in ("pruned", "finetuned") if (result := record.stage(name)) and result.latency]
+    speedups = {t.batch: measured_speedup(record, result, t.batch) for result in smaller[:1] for t in result.latency}
+    return [
+        f"The pruned model is slower than the dense one at batch {batch}: {speedup:.2f}x."
+        for batch, speedup in speedups.items()
+        if speedup is not None and round(speedup, 2) < 1
+    ]
 
 
 def _measured_on(machine: Mapping) -> str:
@@ -196,7 +192,7 @@ def _scaled(count: int, unit: str = "") -> str:
         if round(value, 1) < 1000:
             break
         value, prefix = value / 1000, larger
-    return f"{value:.1f} {prefix}{unit}" if prefix else f"{count} {unit}".strip()
+    return (f"{value:.1f} {prefix}{unit}" if prefix else f"{count} {unit}").rstrip()
 
 
 def _latency(latency: Latency | None) -> str:

@@ -1,0 +1,89 @@
+"""Plain config -> Experiment: the only place that turns `_target_` into objects.
+
+What needs no torch is checked first, so that a wrong number is answered at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prune_cli.errors import UserError
+from prune_cli.settings import Natural, Ratio, Recipe, Runtime, typed
+from prune_cli.targets import resolve
+
+if TYPE_CHECKING:
+    from prune_cli.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Component:
+    """A group option that names an importable class or function and its arguments."""
+
+    name: str
+    target: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """The whole config."""
+
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    method: dict[str, Any]
+    recipe: Recipe
+    runtime: Runtime
+    ratio: Ratio
+    seed: Natural
+
+
+def build(config: Mapping[str, Any]) -> "Experiment":
+    """The experiment that a composed config describes.
+
+    Raises UserError with the dotted path of the setting that is wrong, its value and what is allowed.
+    """
+    tree = _Tree(**typed(_Tree, config))
+    model, dataset, method = (_component(group, getattr(tree, group)) for group in ("model", "dataset", "method"))
+
+    # Imported here: torch takes seconds, and everything above answers without it.
+    from prune_cli.datasets.dataset import Dataset
+    from prune_cli.experiment import Experiment
+    from prune_cli.method import PruningMethod
+
+    return Experiment(
+        model=_model(model),
+        dataset=_made("dataset", dataset, Dataset, {"name": dataset.name, **dataset.arguments}),
+        method=_made("method", method, PruningMethod, method.arguments),
+        method_name=method.name,
+        recipe=tree.recipe,
+        ratio=tree.ratio,
+        seed=tree.seed,
+        runtime=tree.runtime,
+    )
+
+
+def _component(group: str, values: Mapping[str, Any]) -> Component:
+    for key in ("name", "_target_"):
+        if not isinstance(values.get(key), str) or not values[key]:
+            raise UserError(f"{group}.{key}: must be text; each file of conf/{group} has it")
+    arguments = {key: value for key, value in values.items() if key not in ("name", "_target_")}
+    return Component(values["name"], values["_target_"], arguments)
+
+
+def _made(group: str, component: Component, base: type, arguments: Mapping[str, Any]) -> Any:
+    """An instance of the component's class, which must derive from `base`."""
+    kind = resolve(component.target)
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise UserError(f"{group}._target_={component.target}: must be a class derived from {base.__name__}")
+    return kind(**typed(kind, arguments, group))
+
+
+def _model(component: Component) -> Any:
+    from prune_cli.experiment import ModelSpec
+
+    network = resolve(component.target)
+    if not callable(network):
+        raise UserError(f"model._target_={component.target}: must be a class or a function")
+    # The data set says how large the network's input and output are.
+    arguments = typed(network, component.arguments, "model", supplied=("channels", "resolution", "classes"))
+    return ModelSpec(component.name, component.target, arguments)

@@ -1,0 +1,167 @@
+"""Command line -> one plain config, or one sentence that says which override is wrong.
+
+Hydra composes; where it refuses, the override at fault is found here, since Hydra's own messages
+take many lines and suggest `+key`, which is never right in this program. No torch.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from prune_cli.errors import UserError
+from prune_cli.settings import close_names, nearest
+
+_PACKAGE = Path(__file__).parent
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+
+class Composer:
+    """Composes the config of one job from its overrides."""
+
+    def __init__(self, loader: ConfigLoader, config_name: str):
+        self.loader = loader
+        self.config_name = config_name
+
+    def compose(self, lines: Sequence[str]) -> dict[str, Any]:
+        """The resolved config as plain data. Raises UserError: an override cannot be right."""
+        overrides = [self.parse(line) for line in lines]
+        for override in overrides:
+            _check_form(override)
+        plain = [o.input_line if _of_hydra(o) else o.input_line.lstrip("+") for o in overrides]
+        try:
+            config = _resolved(self._load(plain))
+        except UserError:
+            raise
+        except Exception as problem:  # Hydra raises ValueError and AssertionError too
+            for override in overrides:
+                self._check_choice(override)
+            choices = self._load([line for line, o in zip(plain, overrides) if self.is_choice(o)])
+            known = OmegaConf.to_container(choices, resolve=False)
+            for override in overrides:
+                _check_key(override, known, self.groups())
+            raise UserError(first_line(problem)) from problem
+        for override in overrides:
+            if not _of_hydra(override) and override.type is not OverrideType.CHANGE:
+                raise UserError(f"{override.input_line}: it exists already; write it without the +")
+        return config
+
+    def parse(self, line: str) -> Override:
+        """One override. Raises UserError: it is not of the form name=value."""
+        try:
+            return OverridesParser.create(config_loader=self.loader).parse_override(line)
+        except Exception as problem:  # Hydra's parser lets errors of int() and others through
+            raise UserError(self._unreadable(line)) from problem
+
+    def groups(self) -> dict[str, list[str]]:
+        """The options of each group."""
+        parents = ["", "hydra/"]
+        names = [p + name for p in parents for name in self.loader.list_groups(p.rstrip("/")) if p + name != "hydra"]
+        return {name: self.loader.get_group_options(name, ObjectType.CONFIG) for name in names}
+
+    def is_choice(self, override: Override) -> bool:
+        """Whether the override chooses an option of a group (else it sets a value)."""
+        return override.key_or_group in self.groups() and not isinstance(override.value(), dict)
+
+    def _load(self, lines: list[str]) -> DictConfig:
+        return self.loader.load_configuration(self.config_name, lines, run_mode=RunMode.RUN)
+
+    def _check_choice(self, override: Override) -> None:
+        group, value = override.key_or_group, override.value()
+        if self.is_choice(override) and value not in self.groups()[group]:
+            allowed = nearest(_shown(value), self.groups()[group])
+            raise UserError(f"{override.input_line}: there is no such {group.removeprefix('hydra/')}; {allowed}")
+
+    def _unreadable(self, line: str) -> str:
+        if "=" in line:
+            return f"{line}: cannot be read; a list is written name=[1,2], text with special characters name='text'"
+        owners = [f"{group}={line}" for group, options in self.groups().items() if line in options]
+        example = owners[0] if owners else "method=stripe"
+        return f"{line or chr(39) * 2}: an override is written name=value, for example {example}"
+
+
+def first_line(problem: BaseException) -> str:
+    """The first line of an exception's message, after the setting it is about where that is known."""
+    cause = problem if isinstance(problem, OmegaConfBaseException) else problem.__cause__ or problem
+    message = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    key = getattr(cause, "full_key", None)
+    return f"{key}: {message}" if key else message
+
+
+def _of_hydra(override: Override) -> bool:
+    return override.key_or_group.startswith(("hydra.", "hydra/"))
+
+
+def _check_form(override: Override) -> None:
+    line, key = override.input_line, override.key_or_group
+    if override.is_sweep_override():
+        raise UserError(f"{line}: several values need -m; a list is written {key}=[1,2]")
+    if override.package is not None:
+        raise UserError(f"{line}: a group cannot be moved with @; write {key}=NAME")
+    if override.is_delete() and not _of_hydra(override):
+        raise UserError(f"{line}: nothing can be removed from the settings; write {key}=VALUE to change it")
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    with open_dict(config):
+        del config["hydra"]
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def _check_key(override: Override, known: Mapping, groups: Mapping[str, Sequence[str]]) -> None:
+    """Refuse an override that sets what is not in the config `known`."""
+    if override.key_or_group in groups and not isinstance(override.value(), dict):
+        return
+    for path, value in _leaves(_parts(override.key_or_group), override.value()):
+        node = known
+        for depth, part in enumerate(path):
+            if not (isinstance(node, Mapping) and part in node or _is_index(node, part)):
+                hint = _suggestion(path, depth, node, known, groups)
+                raise UserError(f"{override.input_line}: there is no such setting; {hint}")
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        if isinstance(node, Mapping) and node and not isinstance(value, Mapping):
+            name = ".".join(path)
+            raise UserError(f"{override.input_line}: {name} holds several settings; set one, as in {name}.{next(iter(node))}")
+
+
+def _parts(key: str) -> list[str]:
+    return [part for part in re.split(r"[.\[\]]", key) if part]
+
+
+def _leaves(path: list[str], value: Any) -> Iterator[tuple[list[str], Any]]:
+    """The paths that a value, perhaps a nested mapping, sets."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves([*path, str(key)], inner)
+    else:
+        yield path, value
+
+
+def _is_index(node: Any, part: str) -> bool:
+    return isinstance(node, list) and part.isdecimal() and int(part) < len(node)
+
+
+def _suggestion(path: list[str], depth: int, node: Any, known: Mapping, groups: Mapping) -> str:
+    """The nearest names: among the siblings first, then by the last word anywhere in the config."""
+    parent = ".".join(path[:depth])
+    siblings = list(node) if isinstance(node, Mapping) else []
+    if not depth:
+        siblings = [name for name in {**known, **groups} if not name.startswith("hydra")]
+    if not close_names(path[depth], siblings):
+        paths = [".".join(p) for p, _ in _leaves([], known) if p[0] != "hydra"]
+        close = [p for p in paths if close_names(path[-1], [p.rpartition(".")[2]])]
+        if close:
+            return nearest(close[0], close)
+    return nearest(".".join(path[: depth + 1]), [f"{parent}.{name}" if parent else name for name in siblings] or [parent])
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)

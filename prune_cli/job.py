@@ -1,0 +1,139 @@
+"""One job: a composed config becomes a run with its own folder, and ends in a number or a sentence."""
+
+import logging
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from prune_cli.build import build
+from prune_cli.errors import StageError, UserError
+
+RUNS = Path("outputs/runs")
+INTERRUPTED = "interrupted; the same command resumes from the last finished epoch"
+
+log = logging.getLogger(__name__)
+
+
+class Failed(Exception):
+    """A job ended badly and has said so; what is left to do is to exit with this code."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def say(sentence: str) -> None:
+    """One line on stderr, whatever the sentence quotes."""
+    line = "".join(c if c.isprintable() else " " for c in sentence)
+    print("prune-cli:", " ".join(line.split()), file=sys.stderr, flush=True)
+
+
+def run_job(config: Mapping[str, Any], overrides: Sequence[str]) -> float:
+    """Run one experiment and return its objective, the accuracy of the network at the end.
+
+    Raises Failed after the sentence has been printed and recorded, KeyboardInterrupt after it has
+    been recorded. A config that cannot be right leaves no folder.
+    """
+    command = command_of(overrides)
+    try:
+        experiment = build(config)
+    except UserError as problem:
+        say(str(problem))
+        raise Failed(2) from problem
+    folder = make_run_folder(experiment.name)
+    _write_inputs(folder, config, overrides)
+    from prune_cli.pipeline import run  # after build: a wrong setting is answered without torch
+
+    with _run_log(folder), _recorded(folder, config, command):
+        return run(experiment, folder, command=command).objective
+
+
+def hydra_job(config: DictConfig) -> float:
+    """What Hydra calls, in this process or in one of a launcher's."""
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = list(HydraConfig.get().overrides.task)
+    return run_job(OmegaConf.to_container(config, resolve=True), overrides)
+
+
+def command_of(overrides: Sequence[str]) -> str:
+    """The command line that runs this job alone."""
+    return shlex.join(["prune-cli", *overrides])
+
+
+def make_run_folder(name: str) -> Path:
+    """outputs/runs/<name>/<date>_<time>, made by this call alone: numbered when it is taken."""
+    parent = RUNS / name
+    stem = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = parent / (stem if number == 1 else f"{stem}_{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+
+
+def record_failure(
+    folder: Path, sentence: str, config: Mapping[str, Any], command: str, status: str = "failed"
+) -> None:
+    """Leave a record.json that says why there is no result."""
+    from prune_cli.record import write_failure
+
+    write_failure(folder, sentence, config=config, command=command, status=status)
+
+
+def _write_inputs(folder: Path, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    OmegaConf.save(OmegaConf.create(dict(config)), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(list(overrides)), folder / "overrides.yaml")
+
+
+@contextmanager
+def _run_log(folder: Path) -> Iterator[None]:
+    """Send what is logged to run.log, and warnings to the terminal as well."""
+    file, terminal = logging.FileHandler(folder / "run.log", encoding="utf-8"), logging.StreamHandler()
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    terminal.setLevel(logging.WARNING)
+    # A traceback belongs in the file only; the terminal gets the sentence.
+    terminal.addFilter(lambda entry: entry.name != __name__)
+    package = logging.getLogger("prune_cli")
+    level = package.level
+    package.setLevel(logging.INFO)
+    package.addHandler(file)
+    package.addHandler(terminal)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        package.removeHandler(file)
+        package.removeHandler(terminal)
+        file.close()
+
+
+@contextmanager
+def _recorded(folder: Path, config: Mapping[str, Any], command: str) -> Iterator[None]:
+    """Turn the ways a run can end badly into a record, a sentence and an exit code."""
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        record_failure(folder, INTERRUPTED, config, command, status="interrupted")
+        raise
+    except (UserError, StageError) as problem:
+        failure, sentence, exit_code = problem, str(problem), 2 if isinstance(problem, UserError) else 1
+    except Exception as problem:
+        failure, exit_code = problem, 1
+        sentence = f"{type(problem).__name__} ended the run; the traceback is in {folder / 'run.log'}"
+    log.error(sentence, exc_info=failure)
+    record_failure(folder, sentence, config, command)
+    say(sentence)
+    raise Failed(exit_code) from failure

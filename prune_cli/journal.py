@@ -1,0 +1,285 @@
+"""Everything a run shows and logs while it goes: terminal, run.log, metrics.csv, TensorBoard.
+
+`Journal` is the only writer of these files and the only place that configures `logging`. Nothing
+here decides a result, and with `run_dir=None` nothing here touches the disk.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
+
+if TYPE_CHECKING:  # torch is slow to import, and plain lines do not need it
+    from torch import Tensor
+    from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger("prune_cli")
+log.addHandler(logging.NullHandler())  # without a run.log, messages are only shown, and once
+
+COLUMNS = ("stage", "epoch", "name", "value")  # long form: every stage has its own penalties
+BORDER = (38, 70, 110)  # RGB between filters of a picture: no shade of grey, so no value
+PICTURE = 256  # about the width of a picture of skeletons, pixels
+REFRESH = 0.1  # seconds between two movements of the progress bar
+
+
+class Journal:
+    """The journal of one run; a context manager.
+
+    run_dir   receives run.log, metrics.csv and tensorboard/<stage>/; None logs nothing to disk
+    console   shows a live progress bar where it is a terminal, one plain line per epoch elsewhere
+    """
+
+    def __init__(self, run_dir: Path | None, console: Console) -> None:
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.console = console
+        self._writers: dict[str, SummaryWriter] = {}
+        self._open = ExitStack()
+        self._csv = None
+
+    def __enter__(self) -> Self:
+        if self.run_dir is not None:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._open.enter_context(_log_file(self.run_dir / "run.log"))
+            path = self.run_dir / "metrics.csv"
+            self._csv = self._open.enter_context(path.open("a", newline="", encoding="utf-8"))
+            if self._csv.tell() == 0:
+                csv.writer(self._csv).writerow(COLUMNS)
+                self._csv.flush()
+        return self
+
+    def __exit__(self, kind, problem, traceback) -> None:
+        if problem is not None:
+            log.error("the run stopped", exc_info=(kind, problem, traceback))
+        self._open.close()
+        self._writers.clear()
+        self._csv = None
+
+    @contextmanager
+    def stage(
+        self, name: str, epochs: int, steps_per_epoch: int, history: Sequence[Mapping[str, float]] = ()
+    ) -> Iterator[StageJournal]:
+        """The journal of one training run of `epochs` epochs.
+
+        `history` holds the values of the epochs that an interrupted run has already done; they are
+        logged again, so that this run's files are whole.
+        """
+        self._values(name, history)
+        if history:
+            self._say(f"{name}: resumed after epoch {len(history)} of {epochs}")
+        with _progress_bar(self.console) as bar:
+            stage = StageJournal(self, name, epochs, steps_per_epoch, len(history), bar)
+            try:
+                yield stage
+            finally:
+                if bar is not None and stage.line:  # what a terminal keeps of the stage
+                    self._print(stage.line)
+
+    def replay(self, stage: str, history: Sequence[Mapping[str, float]]) -> None:
+        """Log a stage that came from the store as if it had been trained now."""
+        self._values(stage, history)
+        self._say(f"{stage}: found in the store, nothing to train")
+
+    def histograms(self, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Histograms of the finite values of each tensor, after epoch `step`."""
+        if writer := self._writer(stage):
+            for name, tensor in tensors.items():
+                values = tensor.detach().float()
+                values = values[values.isfinite()]
+                if values.numel():
+                    writer.add_histogram(name, values.cpu(), step)
+
+    def skeletons(self, stage: str, skeletons: Mapping[str, Tensor], step: int = 0) -> None:
+        """A picture of each layer's filter skeletons (O, K, K): strengths, or booleans = kept."""
+        if writer := self._writer(stage):
+            for layer, skeleton in skeletons.items():
+                writer.add_image(f"skeleton/{layer}", skeleton_picture(skeleton), step, dataformats="HWC")
+
+    def layer_sparsity(self, stage: str, sparsity: Mapping[str, float], step: int = 0) -> None:
+        """Fraction of zeros of each layer."""
+        if writer := self._writer(stage):
+            for layer, fraction in sparsity.items():
+                writer.add_scalar(f"sparsity/{layer}", fraction, step)
+
+    def hyperparameters(self, hparams: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """One row of the HParams tab: settings (may be nested) with the run's final metrics."""
+        if writer := self._writer("hparams"):
+            from torch.utils.tensorboard.summary import hparams as summaries
+
+            # Without the first summary, the list of columns, TensorBoard collects the columns of
+            # all runs; with it, the first run's columns are everyone's.
+            _, start, end = summaries(dict(_flat(hparams)), dict(metrics))
+            writer.file_writer.add_summary(start)
+            writer.file_writer.add_summary(end)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, 0)
+            writer.flush()
+
+    def note(self, sentence: str) -> None:
+        """Show and log what is good to know."""
+        self._say(sentence)
+
+    def warn(self, sentence: str) -> None:
+        """Show and log what puts the result in doubt."""
+        log.warning(sentence)
+        self._print(f"Warning: {sentence}", style="yellow")
+
+    def _say(self, sentence: str) -> None:
+        log.info(sentence)
+        self._print(sentence)
+
+    def _print(self, line: str, style: str = "") -> None:
+        # As Text: brackets in a sentence are no markup. Unwrapped: paths can be copied.
+        self.console.print(Text(line, style=style), soft_wrap=True)
+
+    def _values(self, stage: str, epochs: Sequence[Mapping[str, float]], first: int = 1) -> None:
+        """Rows of metrics.csv and scalars of TensorBoard for consecutive epochs from `first`."""
+        if self._csv is None or not epochs:
+            return
+        rows, writer = csv.writer(self._csv), self._writer(stage)
+        for epoch, values in enumerate(epochs, first):
+            for name, value in values.items():
+                rows.writerow((stage, epoch, name, float(value)))
+                writer.add_scalar(name, float(value), epoch)
+        self._csv.flush()
+
+    def _writer(self, stage: str) -> SummaryWriter | None:
+        """The TensorBoard writer of a stage, None where nothing is logged."""
+        if self._csv is None:
+            return None
+        if stage not in self._writers:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # deprecations inside tensorboard are not ours
+                from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(str(self.run_dir / "tensorboard" / stage), flush_secs=5)
+            self._open.callback(writer.close)
+            self._writers[stage] = writer
+        return self._writers[stage]
+
+
+class StageJournal:
+    """What a training loop tells the journal. `line` is the last finished epoch in words."""
+
+    def __init__(
+        self, journal: Journal, name: str, epochs: int, steps_per_epoch: int, done: int, bar: Progress | None
+    ) -> None:
+        self.line = ""
+        self._journal, self._name, self._epochs, self._bar = journal, name, epochs, bar
+        self._steps, self._steps_per_epoch = done * steps_per_epoch, steps_per_epoch
+        self._shown = self._began = time.monotonic()
+        if bar is not None:
+            self._task = bar.add_task(
+                name, total=epochs * steps_per_epoch, completed=self._steps, epoch=f"{done}/{epochs}", values=""
+            )
+
+    def step(self) -> None:
+        """One optimizer step was taken. Costs a microsecond and waits for no device."""
+        self._steps += 1
+        if self._bar is not None and (now := time.monotonic()) - self._shown > REFRESH:
+            self._shown = now
+            self._bar.update(self._task, completed=self._steps)
+
+    def epoch(self, epoch: int, values: Mapping[str, float], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Epoch number `epoch` (the first is 1) is finished.
+
+        values    all are logged; names without a slash are shown, `accuracy` and `validation`,
+                  fractions, as percentages
+        tensors   logged as histograms
+        """
+        seconds, self._began = time.monotonic() - self._began, time.monotonic()
+        self._steps = epoch * self._steps_per_epoch
+        shown = "  ".join(_words(name, value) for name, value in values.items() if "/" not in name)
+        self.line = f"{self._name}  epoch {epoch}/{self._epochs}  {shown}  {seconds:.1f} s"
+        if self._bar is None:
+            self._journal._say(self.line)
+        else:
+            log.info(self.line)
+            self._bar.update(self._task, completed=self._steps, epoch=f"{epoch}/{self._epochs}", values=shown)
+        self._journal._values(self._name, [values], first=epoch)
+        self._journal.histograms(self._name, epoch, tensors or {})
+
+
+def skeleton_picture(skeleton: Tensor) -> Tensor:
+    """Skeletons (O, K, K) as a picture (height, width, 3) of uint8: one tile per filter.
+
+    Black is zero, white the strongest of the layer (or kept, for booleans); tiles stand row by row
+    in a grid as square as possible, separated by lines one pixel wide.
+    """
+    import torch
+    from torch.nn.functional import pad
+
+    strength = skeleton.detach().float().abs().cpu()
+    strength = strength / strength.max().clamp_min(torch.finfo(torch.float32).tiny)
+    filters, kernel = strength.shape[0], strength.shape[-1]
+    columns = math.ceil(math.sqrt(filters))
+    rows = math.ceil(filters / columns)
+    scale = max(2, min(16, PICTURE // (columns * kernel)))
+    tiles = strength.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+    # -1 marks what belongs to no filter: a line right of and below each tile, then unused tiles.
+    tiles = pad(tiles, (0, 1, 0, 1, 0, rows * columns - filters), value=-1.0)
+    side = kernel * scale + 1
+    grid = tiles.view(rows, columns, side, side).permute(0, 2, 1, 3).reshape(rows * side, columns * side)
+    grid = pad(grid, (1, 0, 1, 0), value=-1.0).unsqueeze(-1)
+    border = torch.tensor(BORDER, dtype=torch.uint8)
+    return torch.where(grid < 0, border, (255 * grid.clamp_min(0)).round().to(torch.uint8))
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Send our messages, and the warnings of all libraries, to the file `path`."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root, level = logging.getLogger(), log.level
+    root.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _progress_bar(console: Console) -> Iterator[Progress | None]:
+    """A live bar that disappears at the end; None where the console is no terminal."""
+    if not console.is_terminal:
+        yield None
+        return
+    plain = {"markup": False}
+    with Progress(
+        TextColumn("{task.description}", **plain),
+        BarColumn(bar_width=16),
+        TextColumn("epoch {task.fields[epoch]}", **plain),
+        TextColumn("{task.fields[values]}", **plain, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        yield bar
+
+
+def _words(name: str, value: float) -> str:
+    if name in ("accuracy", "validation") or name.endswith("accuracy"):
+        return f"{name} {100 * value:.2f}%"
+    return f"{name} {value:.4g}"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    """Nested settings under dotted names, with values that TensorBoard accepts."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield prefix + name, value if type(value) in (int, float, str) else str(value)

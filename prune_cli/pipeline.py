@@ -1,0 +1,125 @@
+"""One run, from an experiment to its record."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from prune_cli import stages
+from prune_cli.environment import fingerprint, machine, versions, write_env
+from prune_cli.experiment import Experiment
+from prune_cli.journal import Journal
+from prune_cli.metrics.latency import measure
+from prune_cli.record import Latency, Record, StageResult
+from prune_cli.report.stages import render
+from prune_cli.stages import Made, Workshop
+from prune_cli.store import Store, canonical, key_of
+
+BATCHES = (1, 128)  # batch sizes whose latency is measured
+
+
+def run(experiment: Experiment, run_dir: Path, *, command: str) -> Record:
+    """Run the experiment, write everything to `run_dir`, print the table of stages."""
+    runtime = experiment.runtime
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    console = Console()
+    with Journal(run_dir, console) as journal:
+        shop = Workshop(experiment, Store(runtime.store), journal)
+        write_env(run_dir / "env.json", device=str(shop.device))
+        made = _make(shop)
+        latency = _latency(shop, made)
+        record = _record(shop, made, latency, command)
+        _keep(shop, run_dir, made, record)
+        render(record, console, run_dir)
+    return record
+
+
+def _make(shop: Workshop) -> list[Made]:
+    method = shop.experiment.method
+    stages.rehearse(shop)
+    made = [stages.train_dense(shop)]
+    if method.start is not None:
+        made.append(stages.sparsify(shop, made[0]))
+    source = made[-1]
+    pruned = stages.prune(shop, source)
+    made += [pruned, stages.prune_at_random(shop, source, pruned)]
+    if method.finetune:
+        made.append(stages.finetune(shop, pruned))
+    return made
+
+
+def _latency(shop: Workshop, made: list[Made]) -> dict[str, tuple[Latency, ...]]:
+    """Measured once per set of artifacts and machine; the control is as fast as what it controls."""
+    timed = [m for m in made if m.stage != "random"]
+    where = fingerprint(machine(str(shop.device)))
+    seconds = shop.experiment.runtime.latency_seconds
+    settings = {"artifacts": {m.stage: m.artifact.key for m in timed}, "machine": where, "batches": BATCHES}
+
+    def make(folder: Path, _) -> dict:
+        models = {m.stage: shop.trained(m.artifact) for m in timed}
+        shape = models["dense"].input_shape
+        found = measure(models, shape, BATCHES, seconds, shop.device)
+        return {stage: [asdict(latency) for latency in latencies] for stage, latencies in found.items()}
+
+    artifact, _ = shop.store.produce("latency", key_of("latency", 1, settings), settings, make)
+    return {stage: tuple(Latency(**row) for row in rows) for stage, rows in artifact.result.items()}
+
+
+def _record(shop: Workshop, made: list[Made], latency: dict[str, tuple[Latency, ...]], command: str) -> Record:
+    experiment = shop.experiment
+    pruned = next(m.artifact.result for m in made if m.stage == "pruned")
+    return Record(
+        name=experiment.name,
+        status="complete",
+        command=command,
+        config=canonical(asdict(experiment)),
+        seed=experiment.seed,
+        ratio=experiment.ratio,
+        unit=pruned["unit"],
+        requested=pruned["requested"],
+        obtained=pruned["obtained"],
+        notes=tuple(pruned["notes"]),
+        stages=tuple(_stage_result(m, latency.get(m.stage, ())) for m in made),
+        machine=machine(str(shop.device)),
+        versions=versions(),
+    )
+
+
+def _stage_result(made: Made, latency: tuple[Latency, ...]) -> StageResult:
+    result = made.artifact.result
+    curve = [figures["validation"] for figures in result.get("history", []) if "validation" in figures]
+    best = max(curve, default=None)
+    return StageResult(
+        stage=made.stage,
+        key=made.artifact.key,
+        accuracy=result["accuracy"],
+        validation=result["validation"],
+        best_validation=best,
+        best_epoch=None if best is None else curve.index(best) + 1,
+        parameters=result["parameters"],
+        macs=result["macs"],
+        file_bytes=result["file_bytes"],
+        latency=latency,
+        seconds=result["seconds"],
+        cached=made.cached,
+    )
+
+
+def _keep(shop: Workshop, run_dir: Path, made: list[Made], record: Record) -> None:
+    """Everything that outlives the store: checkpoints, the record, TensorBoard's comparison."""
+    checkpoints = run_dir / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    for m in made:
+        shutil.copyfile(m.artifact.file("model.safetensors"), checkpoints / f"{m.stage}.safetensors")
+    record.write(run_dir / "record.json")
+    experiment = shop.experiment
+    names = {"method": experiment.method_name, "model": experiment.model.name, "dataset": experiment.dataset.name}
+    metrics = {f"accuracy/{s.stage}": s.accuracy for s in record.stages}
+    pruned, dense = record.stage("pruned"), record.stage("dense")
+    metrics["macs_removed"] = 1 - pruned.macs / dense.macs
+    shop.journal.hyperparameters(
+        {**names, "ratio": experiment.ratio, "seed": experiment.seed, "recipe": experiment.recipe.name}, metrics
+    )

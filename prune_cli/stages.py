@@ -1,0 +1,253 @@
+"""The stages of a run: each reads the artifacts of earlier stages and its own settings.
+
+    train_dense       -> dense       the baseline of every table, shared by all methods
+    sparsify          -> sparse      what the method trains, where it trains
+    prune             -> pruned      selected, cut, verified
+    prune_at_random   -> random      the control: as many units of every layer, chosen at random
+    finetune          -> finetuned   the cut network, trained again
+
+Every artifact holds model.safetensors (self-contained, see `checkpoint`) and its result: the
+accuracy on the test set, read once, when the stage is made.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from prune_cli import surgery
+from prune_cli.checkpoint import load_model, save_model
+from prune_cli.datasets.dataset import Splits
+from prune_cli.experiment import Experiment
+from prune_cli.hooks import TrainingHooks
+from prune_cli.journal import Journal
+from prune_cli.masks import Masks, random_like
+from prune_cli.metrics.accuracy import accuracy
+from prune_cli.metrics.macs import count_macs, count_parameters
+from prune_cli.seeding import derive
+from prune_cli.settings import FitSettings, Precision
+from prune_cli.store import Artifact, Partial, Store, key_of
+from prune_cli.targets import source_hash
+from prune_cli.trainer import History, fit, resolved_precision
+
+log = logging.getLogger(__name__)
+
+# Raised when a stage computes something else than before under the same settings.
+VERSIONS = {"dense": 1, "sparse": 1, "pruned": 1, "random": 1, "finetuned": 1}
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact of this run; `cached` when the store already had it."""
+
+    stage: str
+    artifact: Artifact
+    cached: bool
+
+
+@dataclass
+class Workshop:
+    """What all stages of one run share."""
+
+    experiment: Experiment
+    store: Store
+    journal: Journal
+
+    @cached_property
+    def device(self) -> torch.device:
+        wanted = self.experiment.runtime.device
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+    @cached_property
+    def splits(self) -> Splits:
+        recipe, runtime = self.experiment.recipe, self.experiment.runtime
+        return self.experiment.dataset.load(
+            Path(runtime.data_root), self.device,
+            validation=recipe.validation, limit=recipe.limit, workers=runtime.workers,
+        )
+
+    @cached_property
+    def precision(self) -> Precision:
+        return resolved_precision(self.experiment.recipe.precision, self.device, self.untrained())
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """The settings that every stage's result depends on."""
+        experiment = self.experiment
+        return {
+            "model": asdict(experiment.model),
+            "model_source": source_hash(experiment.model.target),
+            "dataset": asdict(experiment.dataset),
+            "content": experiment.dataset.fingerprint(Path(experiment.runtime.data_root)),
+            "validation": experiment.recipe.validation,
+            "limit": experiment.recipe.limit,
+            "precision": self.precision,
+            "seed": experiment.seed,
+        }
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """The method's identity and the fields that its training depends on."""
+        kind = type(self.experiment.method)
+        target = f"{kind.__module__}.{kind.__qualname__}"
+        return {"target": target, "source": source_hash(target), **self.experiment.method.training_settings()}
+
+    def untrained(self) -> nn.Module:
+        """The network at initialisation, the same for every method and stage of this seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.experiment.seed, "initialisation"))
+            splits = self.splits
+            model = self.experiment.model.build(splits.channels, splits.resolution, splits.classes)
+        return model.to(self.device)
+
+    def trained(self, artifact: Artifact) -> nn.Module:
+        """The network of a finished stage."""
+        return load_model(artifact.file("model.safetensors")).to(self.device)
+
+    def source(self, made: Made) -> nn.Module:
+        """What the method selects from: the sparse network with its training layers, or the dense one."""
+        if made.stage != "sparse":
+            return self.trained(made.artifact)
+        model = self.experiment.method.prepare(self.untrained())
+        model.load_state_dict(load_file(made.artifact.file("training.safetensors"), device=str(self.device)))
+        return model
+
+
+def rehearse(shop: Workshop) -> None:
+    """Prepare, select, cut and verify on the untrained network.
+
+    Whatever the method cannot do with this network is said now, not after hours of training.
+    """
+    method = shop.experiment.method
+    model = method.prepare(shop.untrained())
+    masks = method.prune(model, shop.experiment.ratio)
+    surgery.verify(surgery.mask(model, masks), surgery.cut(model, masks))
+
+
+def train_dense(shop: Workshop) -> Made:
+    """The untrained network, trained without any hook."""
+    settings = shop.experiment.recipe.pretrain
+    return _fit_stage(shop, "dense", shop.untrained, settings, TrainingHooks(), {})
+
+
+def sparsify(shop: Workshop, dense: Made) -> Made:
+    """The prepared network (untrained, or the dense one), trained with the method's hooks."""
+    method = shop.experiment.method
+    from_dense = method.start == "dense"
+
+    def start() -> nn.Module:
+        return method.prepare(shop.trained(dense.artifact) if from_dense else shop.untrained())
+
+    return _fit_stage(
+        shop, "sparse", start, shop.experiment.recipe.sparsify, method, {"method": shop.method_settings},
+        parent=dense.artifact.key if from_dense else None,
+    )
+
+
+def prune(shop: Workshop, source: Made) -> Made:
+    """Select, compensate, cut, and verify that the cut network is the masked one."""
+    method, ratio = shop.experiment.method, shop.experiment.ratio
+    settings = {**shop.common, "method": {**shop.method_settings, **asdict(method)}, "ratio": ratio}
+
+    def make(folder: Path, _: Partial) -> Mapping[str, Any]:
+        model = shop.source(source)
+        masks = method.prune(model, ratio)
+        result = _cut_into(shop, folder, method.compensate(model, masks), masks)
+        _picture(shop, model, masks)
+        return result
+
+    return _produced(shop, "pruned", settings, make, parent=source.artifact.key)
+
+
+def prune_at_random(shop: Workshop, source: Made, pruned: Made) -> Made:
+    """The same cut with the selection left to chance."""
+
+    def make(folder: Path, _: Partial) -> Mapping[str, Any]:
+        masks = Masks.load(pruned.artifact.file("masks.safetensors"))
+        chance = random_like(masks, derive(shop.experiment.seed, "random selection"))
+        return _cut_into(shop, folder, shop.source(source), chance)
+
+    return _produced(shop, "random", {"seed": shop.experiment.seed}, make, parent=pruned.artifact.key)
+
+
+def finetune(shop: Workshop, pruned: Made) -> Made:
+    """The cut network, trained again while what was pruned stays pruned."""
+    held = Masks.load(pruned.artifact.file("held.safetensors"))
+    return _fit_stage(
+        shop, "finetuned", lambda: shop.trained(pruned.artifact), shop.experiment.recipe.finetune,
+        shop.experiment.method.constraint(held), {}, parent=pruned.artifact.key,
+    )
+
+
+def _fit_stage(
+    shop: Workshop, stage: str, start, settings: FitSettings, hooks: TrainingHooks,
+    further: Mapping[str, Any], parent: str | None = None,
+) -> Made:
+    def make(folder: Path, partial: Partial) -> Mapping[str, Any]:
+        model = start()
+        steps = -(-len(shop.splits.train) // settings.batch_size)
+        with shop.journal.stage(stage, settings.epochs, steps) as monitor:
+            history = fit(
+                model, shop.splits, settings, hooks, precision=shop.precision, seed=shop.experiment.seed,
+                stage=stage, checkpoint=partial, monitor=monitor, watch=getattr(hooks, "watch", lambda model: {}),
+            )
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "training.safetensors")
+        return {"history": history, **_describe(shop, folder, surgery.plain(model), model)}
+
+    return _produced(shop, stage, {**shop.common, **further, "fit": settings}, make, parent)
+
+
+def _cut_into(shop: Workshop, folder: Path, model: nn.Module, masks: Masks) -> dict[str, Any]:
+    small = surgery.cut(model, masks)
+    surgery.verify(surgery.mask(model, masks), small)
+    masks.save(folder / "masks.safetensors")
+    small.masks.save(folder / "held.safetensors")
+    return {
+        "unit": masks.unit, "requested": masks.requested, "obtained": masks.obtained, "notes": list(masks.notes),
+        **_describe(shop, folder, small.model, small.model),
+    }
+
+
+def _describe(shop: Workshop, folder: Path, model: nn.Module, evaluated: nn.Module) -> dict[str, Any]:
+    """Save the network and say what it costs and what it knows."""
+    path = folder / "model.safetensors"
+    save_model(path, model, shop.experiment.model, shop.splits.classes)
+    validation = shop.splits.validation
+    return {
+        "accuracy": accuracy(evaluated, shop.splits.test),
+        "validation": None if validation is None else accuracy(evaluated, validation),
+        "parameters": count_parameters(model),
+        "macs": count_macs(model, model.input_shape),
+        "file_bytes": path.stat().st_size,
+    }
+
+
+def _produced(shop: Workshop, stage: str, settings: Mapping[str, Any], make, parent: str | None = None) -> Made:
+    key = key_of(stage, VERSIONS[stage], settings, parent)
+
+    def timed(folder: Path, partial: Partial) -> Mapping[str, Any]:
+        began = time.perf_counter()
+        result = make(folder, partial)
+        return {**result, "seconds": time.perf_counter() - began}
+
+    artifact, cached = shop.store.produce(stage, key, settings, timed)
+    if cached:
+        history: History = artifact.result.get("history", [])
+        shop.journal.replay(stage, history)
+    return Made(stage, artifact, cached)
+
+
+def _picture(shop: Workshop, model: nn.Module, masks: Masks) -> None:
+    """Skeletons before and after, and how much of every layer went."""
+    before = {layer: t for layer, t in shop.experiment.method.watch(model).items() if t.ndim == 3}
+    after = {layer: keep for layer, keep in masks.keep.items() if keep.ndim == 3}
+    shop.journal.skeletons("sparse", before)
+    shop.journal.skeletons("pruned", after)
+    shop.journal.layer_sparsity("pruned", {n: 1 - float(keep.float().mean()) for n, keep in masks.keep.items()})

@@ -1,0 +1,254 @@
+"""The one training loop."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prune_cli.datasets.dataset import Splits
+from prune_cli.errors import StageError
+from prune_cli.hooks import Progress, TrainingHooks
+from prune_cli.metrics.accuracy import accuracy
+from prune_cli.seeding import derive
+from prune_cli.settings import FitSettings, Precision
+
+History = list[dict[str, float]]
+
+# Logits are kept this many batches before they are compared with the labels in one go.
+TALLY_BATCHES = 64
+
+
+class Checkpoint(Protocol):
+    """Where the state of an unfinished run lives (`store.Partial`)."""
+
+    def save(self, state: Mapping[str, Any]) -> None: ...
+
+    def load(self) -> dict[str, Any] | None: ...
+
+
+class Monitor(Protocol):
+    """Who is told how it goes (`journal.StageLog`)."""
+
+    def step(self) -> None: ...
+
+    def epoch(self, epoch: int, values: Mapping[str, float], tensors: Mapping[str, Tensor] | None = None) -> None: ...
+
+
+def fit(
+    model: nn.Module,
+    splits: Splits,
+    settings: FitSettings,
+    hooks: TrainingHooks,
+    *,
+    precision: Precision,
+    seed: int,
+    stage: str,
+    checkpoint: Checkpoint,
+    monitor: Monitor,
+    watch: Callable[[nn.Module], Mapping[str, Tensor]] = lambda model: {},
+) -> History:
+    """Train `model` in place and return one row of figures per epoch.
+
+    The order of the hooks is drawn in `TrainingHooks`. Every epoch takes its randomness from
+    (seed, stage, epoch) and ends in `checkpoint`, so a run that is killed and started again ends
+    with the same weights, bit for bit. Nothing in the loop waits for the device.
+
+    Raises StageError: the loss is not finite, or the accuracy collapsed to chance.
+    """
+    run = _Run(model, splits, settings, precision)
+    run.resume(checkpoint)
+    if not run.history:
+        hooks.before_fit(model, run.progress())
+    while len(run.history) < settings.epochs:
+        epoch_seed = derive(seed, stage, len(run.history))
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+            torch.manual_seed(epoch_seed)  # dropout and the like
+            figures = _train_epoch(run, hooks, epoch_seed, monitor)
+        hooks.after_epoch(model, run.progress())
+        if splits.validation is not None:
+            figures["validation"] = accuracy(model, splits.validation)
+        run.history.append(figures)
+        _check_alive(run, stage, splits.classes)
+        checkpoint.save(run.state())
+        monitor.epoch(len(run.history), figures, watch(model))
+    return run.history
+
+
+def _train_epoch(run: "_Run", hooks: TrainingHooks, seed: int, monitor: Monitor) -> dict[str, float]:
+    model, optimizer, tally = run.model, run.optimizer, _Tally()
+    model.train()
+    for x, y in run.splits.train.batches(run.settings.batch_size, seed=seed):
+        if len(x) == 1 and run.steps_per_epoch > 1:
+            continue  # batch norm cannot normalise a single image
+        progress = run.progress()
+        rate = run.set_learning_rate()
+        with run.autocast():
+            logits = model(x.contiguous(memory_format=run.layout))
+            loss = F.cross_entropy(logits, y)
+        penalties = hooks.penalty(model, progress)
+        optimizer.zero_grad(set_to_none=True)
+        sum(penalties.values(), loss.float()).backward()
+        hooks.after_backward(model, progress)
+        optimizer.step()
+        run.step += 1
+        hooks.after_step(model, progress)
+        tally.add(logits.detach(), y, loss.detach(), penalties)
+        monitor.step()
+    return tally.figures() | {"learning_rate": rate}
+
+
+class _Run:
+    """What one `fit` moves forward: weights, optimizer, step, history; and how to save it."""
+
+    def __init__(self, model: nn.Module, splits: Splits, settings: FitSettings, precision: Precision) -> None:
+        self.model, self.splits, self.settings = model, splits, settings
+        self.device = next(model.parameters()).device
+        convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        self.layout = torch.channels_last if convolves else torch.contiguous_format
+        model.to(memory_format=self.layout)
+        self.precision = precision
+        full, rest = divmod(len(splits.train), settings.batch_size)
+        self.steps_per_epoch = max(1, full + (rest > 1))
+        self.steps = self.steps_per_epoch * settings.epochs
+        self.travel = sum(learning_rate(settings, s, self.steps) for s in range(self.steps)) / (1 - settings.momentum)
+        self.optimizer = _optimizer(model, settings)
+        self.step = 0
+        self.history: History = []
+
+    def progress(self) -> Progress:
+        epoch, settings = len(self.history), self.settings
+        return Progress(epoch, settings.epochs, self.step, self.steps, self.travel, settings.weight_decay)
+
+    def set_learning_rate(self) -> float:
+        rate = learning_rate(self.settings, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "step": self.step,
+            "history": self.history,
+            "threads": torch.get_num_threads(),
+        }
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.load()
+        if state is None:
+            return
+        # Sums are split by thread: another count would round differently.
+        torch.set_num_threads(state["threads"])
+        self.model.load_state_dict(state["model"])  # copies into tensors that keep their layout
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        for parameter, slots in self.optimizer.state.items():
+            for name, value in slots.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    slots[name] = torch.empty_like(parameter).copy_(value)
+        self.step, self.history = state["step"], state["history"]
+
+
+def learning_rate(settings: FitSettings, step: int, steps: int) -> float:
+    """The learning rate of step 0 <= `step` < `steps`."""
+    position = step / steps
+    if settings.schedule == "one_cycle":
+        warmup = 0.2
+        if position < warmup:
+            return settings.lr * (step + 1) / (steps * warmup + 1)
+        return settings.lr * (1 + math.cos(math.pi * (position - warmup) / (1 - warmup))) / 2
+    if settings.schedule == "step":
+        return settings.lr * settings.gamma ** sum(position >= m for m in settings.milestones)
+    return settings.lr
+
+
+def resolved_precision(precision: Precision, device: torch.device, model: nn.Module) -> Precision:
+    """What `auto` means for this network on this device; other values stand for themselves.
+
+    bfloat16 where the hardware multiplies it and the network has convolutions: for fully connected
+    networks of this size the casts cost more than they save.
+    """
+    if precision != "auto":
+        return precision
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return "float32"
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(
+            parameters, settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        parameters, settings.lr, settings.momentum,
+        weight_decay=settings.weight_decay, nesterov=settings.nesterov, fused=True,
+    )
+
+
+class _Tally:
+    """Sums of an epoch, kept on the device until it ends."""
+
+    def __init__(self) -> None:
+        self.images, self.batches = 0, 0
+        self.right: Tensor | int = 0
+        self.sums: dict[str, Tensor] = {}
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, penalties: Mapping[str, Tensor]) -> None:
+        self.images += len(labels)
+        self.batches += 1
+        for name, term in {"loss": loss, **penalties}.items():
+            self.sums[name] = self.sums.get(name, 0) + term.detach().float()
+        self.waiting.append((logits, labels))
+        if len(self.waiting) == TALLY_BATCHES:
+            self._compare()
+
+    def figures(self) -> dict[str, float]:
+        """Means over the epoch: accuracy in [0, 1], the loss and every penalty per batch."""
+        self._compare()
+        means = {name: float(total) / self.batches for name, total in self.sums.items()}
+        return means | {"accuracy": float(self.right) / self.images}
+
+    def _compare(self) -> None:
+        if self.waiting:
+            logits, labels = (torch.cat(parts) for parts in zip(*self.waiting))
+            self.right = self.right + (logits.argmax(1) == labels).sum()
+            self.waiting.clear()
+
+
+def _check_alive(run: _Run, stage: str, classes: int) -> None:
+    """Stop a run that cannot end well, saying which layer looks how."""
+    last, epoch = run.history[-1], len(run.history)
+    if not math.isfinite(last["loss"]):
+        raise StageError(f"{stage}, epoch {epoch}: the loss is {last['loss']}; {_layer_statistics(run.model)}")
+    # Far above chance once, at chance for two epochs now: nothing comes back from that.
+    chance = 1 / classes
+    curve = [figures["accuracy"] for figures in run.history]
+    if max(curve) > 3 * chance and len(curve) > 2 and max(curve[-2:]) < 1.25 * chance:
+        raise StageError(
+            f"{stage}, epoch {epoch}: the accuracy collapsed from {max(curve):.1%} to chance "
+            f"({curve[-1]:.1%}); {_layer_statistics(run.model)}"
+        )
+
+
+def _layer_statistics(model: nn.Module) -> str:
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if not parameter.isfinite().all():
+            return f"the first parameter that is not finite is {name}"
+    name = max(parameters, key=lambda n: float(parameters[n].detach().abs().max()))
+    emptiest = max(parameters, key=lambda n: float((parameters[n] == 0).float().mean()))
+    zeros = float((parameters[emptiest] == 0).float().mean())
+    largest = float(parameters[name].detach().abs().max())
+    return f"the largest weight is {largest:.3g} in {name}, the most zeros ({zeros:.0%}) are in {emptiest}"
