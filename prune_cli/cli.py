@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 a run failed, 2 the command cannot be right, 130 interrupt
 import argparse
 import os
 import signal
+from string import Template
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -17,15 +18,16 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import env_override, setup_globals
+from omegaconf import OmegaConf
 
 from prune_cli.compose import CONF, Composer, first_line
 from prune_cli.errors import UserError
-from prune_cli.job import INTERRUPTED, Failed, hydra_job, say
+from prune_cli.job import INTERRUPTED, hydra_job, say
 from prune_cli.sweeper import EachJob
 
 
 def main() -> int:
-    """Run the command line in `sys.argv` and return the exit code."""
+    """Run the command line in `sys.argv` and return the exit code, or raise SystemExit with it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
@@ -34,8 +36,6 @@ def main() -> int:
         arguments = parser.parse_intermixed_args()
         with env_override({"HYDRA_FULL_ERROR": "1"}):  # exceptions come here instead of being printed
             _run(parser, arguments)
-    except Failed as failure:
-        return failure.exit_code
     except KeyboardInterrupt:
         say(INTERRUPTED)
         return 130
@@ -62,13 +62,24 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     if arguments.config_path is not None:
         raise UserError("--config-path: the settings of prune-cli cannot be replaced; --config-dir adds to them")
     config_name = arguments.config_name or "config"
+    composer = Composer(_loader(arguments.config_dir), config_name)
+    if arguments.help:
+        print(_help(composer))
+        return
     if not (arguments.shell_completion or arguments.hydra_help):
-        composer = Composer(_loader(arguments.config_dir), config_name)
         if arguments.multirun:
             arguments.overrides = _per_job(composer, arguments.overrides)
         else:
             composer.compose(arguments.overrides)
     _run_hydra(arguments, parser, hydra_job, config_path=str(CONF), config_name=config_name)
+
+
+def _help(composer: Composer) -> str:
+    """The text of --help. Hydra would compose and copy the config for it, for most of a second."""
+    text = OmegaConf.load(CONF / "hydra/help/prune_cli.yaml").template
+    groups = {name: options for name, options in composer.groups.items() if not name.startswith("hydra/")}
+    listed = "\n".join(f"  {name + ':':<12}{', '.join(options)}" for name, options in groups.items())
+    return Template(text).substitute(APP_CONFIG_GROUPS=listed)
 
 
 def _loader(config_dir: str | None) -> ConfigLoaderImpl:

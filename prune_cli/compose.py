@@ -6,10 +6,11 @@ take many lines and suggest `+key`, which is never right in this program. No tor
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -27,7 +28,7 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 class Composer:
     """Composes the config of one job from its overrides."""
 
-    def __init__(self, loader: ConfigLoader, config_name: str):
+    def __init__(self, loader: ConfigLoaderImpl, config_name: str):
         self.loader = loader
         self.config_name = config_name
 
@@ -36,18 +37,17 @@ class Composer:
         overrides = [self.parse(line) for line in lines]
         for override in overrides:
             _check_form(override)
+            self._check_choice(override)
         plain = [o.input_line if _of_hydra(o) else o.input_line.lstrip("+") for o in overrides]
         try:
             config = _resolved(self._load(plain))
         except UserError:
             raise
         except Exception as problem:  # Hydra raises ValueError and AssertionError too
-            for override in overrides:
-                self._check_choice(override)
             choices = self._load([line for line, o in zip(plain, overrides) if self.is_choice(o)])
             known = OmegaConf.to_container(choices, resolve=False)
             for override in overrides:
-                _check_key(override, known, self.groups())
+                _check_key(override, known, self.groups)
             raise UserError(first_line(problem)) from problem
         for override in overrides:
             if not _of_hydra(override) and override.type is not OverrideType.CHANGE:
@@ -61,29 +61,31 @@ class Composer:
         except Exception as problem:  # Hydra's parser lets errors of int() and others through
             raise UserError(self._unreadable(line)) from problem
 
+    @cached_property
     def groups(self) -> dict[str, list[str]]:
         """The options of each group."""
-        parents = ["", "hydra/"]
-        names = [p + name for p in parents for name in self.loader.list_groups(p.rstrip("/")) if p + name != "hydra"]
-        return {name: self.loader.get_group_options(name, ObjectType.CONFIG) for name in names}
+        files = self.loader.repository  # the loader's own methods copy the whole search path each time
+        names = [n for n in files.get_group_options("", ObjectType.GROUP) if n != "hydra"]
+        names += [f"hydra/{n}" for n in files.get_group_options("hydra", ObjectType.GROUP)]
+        return {name: sorted(files.get_group_options(name, ObjectType.CONFIG)) for name in names}
 
     def is_choice(self, override: Override) -> bool:
         """Whether the override chooses an option of a group (else it sets a value)."""
-        return override.key_or_group in self.groups() and not isinstance(override.value(), dict)
+        return override.key_or_group in self.groups and not isinstance(override.value(), dict)
 
     def _load(self, lines: list[str]) -> DictConfig:
         return self.loader.load_configuration(self.config_name, lines, run_mode=RunMode.RUN)
 
     def _check_choice(self, override: Override) -> None:
         group, value = override.key_or_group, override.value()
-        if self.is_choice(override) and value not in self.groups()[group]:
-            allowed = nearest(_shown(value), self.groups()[group])
+        if self.is_choice(override) and value not in self.groups[group]:
+            allowed = nearest(_shown(value), self.groups[group])
             raise UserError(f"{override.input_line}: there is no such {group.removeprefix('hydra/')}; {allowed}")
 
     def _unreadable(self, line: str) -> str:
         if "=" in line:
             return f"{line}: cannot be read; a list is written name=[1,2], text with special characters name='text'"
-        owners = [f"{group}={line}" for group, options in self.groups().items() if line in options]
+        owners = [f"{group}={line}" for group, options in self.groups.items() if line in options]
         example = owners[0] if owners else "method=stripe"
         return f"{line or chr(39) * 2}: an override is written name=value, for example {example}"
 
@@ -160,7 +162,7 @@ def _suggestion(path: list[str], depth: int, node: Any, known: Mapping, groups: 
         close = [p for p in paths if close_names(path[-1], [p.rpartition(".")[2]])]
         if close:
             return nearest(close[0], close)
-    return nearest(".".join(path[: depth + 1]), [f"{parent}.{name}" if parent else name for name in siblings] or [parent])
+    return nearest(path[depth], siblings or [parent])
 
 
 def _shown(value: Any) -> str:

@@ -48,7 +48,7 @@ def fingerprint(machine: Mapping[str, Any], torch_version: str | None = None) ->
     one unless given); the GPU only when `machine["device"]` is one.
     """
     decisive = {name: machine[name] for name in _DECISIVE}
-    decisive["torch"] = torch_version or _version("torch")
+    decisive["torch"] = torch_version or _torch_version()
     if machine["device"] != "cpu":
         decisive["gpu"] = machine["gpu"]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
@@ -65,7 +65,7 @@ def versions() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform() if sys.platform != "linux" else f"Linux {platform.release()}",
-        "torch": _version("torch"),
+        "torch": _torch_version(),
         "torchvision": _version("torchvision"),
         "hydra": _version("hydra-core"),
         "prune_cli": _version("prune-cli"),
@@ -95,6 +95,13 @@ def _memory_gb() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):  # unknown outside Linux
         return None
+
+
+def _torch_version() -> str:
+    """With the build (+cpu, +cu130), which the metadata of a wheel may leave out."""
+    import torch
+
+    return str(torch.__version__)
 
 
 def _version(distribution: str) -> str | None:

@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from prune_cli.build import build
@@ -22,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Failed(Exception):
-    """A job ended badly and has said so; what is left to do is to exit with this code."""
+    """A job ended badly and has said so; what is left is its exit code."""
 
     def __init__(self, exit_code: int):
         super().__init__(exit_code)
@@ -49,18 +51,25 @@ def run_job(config: Mapping[str, Any], overrides: Sequence[str]) -> float:
         raise Failed(2) from problem
     folder = make_run_folder(experiment.name)
     _write_inputs(folder, config, overrides)
-    from prune_cli.pipeline import run  # after build: a wrong setting is answered without torch
-
     with _run_log(folder), _recorded(folder, config, command):
+        from prune_cli.pipeline import run  # imports torch, which what came before does without
+
         return run(experiment, folder, command=command).objective
 
 
 def hydra_job(config: DictConfig) -> float:
     """What Hydra calls, in this process or in one of a launcher's."""
-    from hydra.core.hydra_config import HydraConfig
-
-    overrides = list(HydraConfig.get().overrides.task)
-    return run_job(OmegaConf.to_container(config, resolve=True), overrides)
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    sweeping = hydra.mode is RunMode.MULTIRUN
+    if sweeping:
+        print(f"job {hydra.job.num + 1}: {command_of(overrides)}", flush=True)
+    try:
+        return run_job(OmegaConf.to_container(config, resolve=True), overrides)
+    except Failed as failure:
+        if sweeping:
+            raise  # Hydra hands it to the sweeper
+        raise SystemExit(failure.exit_code) from failure  # of other exceptions Hydra prints a line
 
 
 def command_of(overrides: Sequence[str]) -> str:

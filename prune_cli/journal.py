@@ -67,19 +67,10 @@ class Journal:
         self._csv = None
 
     @contextmanager
-    def stage(
-        self, name: str, epochs: int, steps_per_epoch: int, history: Sequence[Mapping[str, float]] = ()
-    ) -> Iterator[StageJournal]:
-        """The journal of one training run of `epochs` epochs.
-
-        `history` holds the values of the epochs that an interrupted run has already done; they are
-        logged again, so that this run's files are whole.
-        """
-        self._values(name, history)
-        if history:
-            self._say(f"{name}: resumed after epoch {len(history)} of {epochs}")
+    def stage(self, name: str, epochs: int, steps_per_epoch: int) -> Iterator[StageJournal]:
+        """The journal of one training run of `epochs` epochs."""
         with _progress_bar(self.console) as bar:
-            stage = StageJournal(self, name, epochs, steps_per_epoch, len(history), bar)
+            stage = StageJournal(self, name, epochs, steps_per_epoch, bar)
             try:
                 yield stage
             finally:
@@ -171,17 +162,22 @@ class Journal:
 class StageJournal:
     """What a training loop tells the journal. `line` is the last finished epoch in words."""
 
-    def __init__(
-        self, journal: Journal, name: str, epochs: int, steps_per_epoch: int, done: int, bar: Progress | None
-    ) -> None:
+    def __init__(self, journal: Journal, name: str, epochs: int, steps_per_epoch: int, bar: Progress | None) -> None:
         self.line = ""
         self._journal, self._name, self._epochs, self._bar = journal, name, epochs, bar
-        self._steps, self._steps_per_epoch = done * steps_per_epoch, steps_per_epoch
+        self._steps, self._steps_per_epoch = 0, steps_per_epoch
         self._shown = self._began = time.monotonic()
         if bar is not None:
-            self._task = bar.add_task(
-                name, total=epochs * steps_per_epoch, completed=self._steps, epoch=f"{done}/{epochs}", values=""
-            )
+            self._task = bar.add_task(name, total=epochs * steps_per_epoch, epoch=f"0/{epochs}", values="")
+
+    def resumed(self, history: Sequence[Mapping[str, float]]) -> None:
+        """The run goes on after the epochs of `history`, which are logged again: this run's files
+        are whole."""
+        self._journal._values(self._name, history)
+        self._journal._say(f"{self._name}: resumed after epoch {len(history)} of {self._epochs}")
+        self._steps = len(history) * self._steps_per_epoch
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._steps, epoch=f"{len(history)}/{self._epochs}")
 
     def step(self) -> None:
         """One optimizer step was taken. Costs a microsecond and waits for no device."""
@@ -260,12 +256,13 @@ def _progress_bar(console: Console) -> Iterator[Progress | None]:
     plain = {"markup": False}
     with Progress(
         TextColumn("{task.description}", **plain),
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=12),
         TextColumn("epoch {task.fields[epoch]}", **plain),
         TextColumn("{task.fields[values]}", **plain, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        expand=True,  # the values get what the other columns leave
     ) as bar:
         yield bar
 

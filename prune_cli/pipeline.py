@@ -33,7 +33,8 @@ def run(experiment: Experiment, run_dir: Path, *, command: str) -> Record:
         latency = _latency(shop, made)
         record = _record(shop, made, latency, command)
         _keep(shop, run_dir, made, record)
-        render(record, console, run_dir)
+        store = Path(runtime.store)
+        render(record, console, {"run": run_dir, "checkpoints": run_dir / "checkpoints", "store": store})
     return record
 
 
@@ -46,7 +47,7 @@ def _make(shop: Workshop) -> list[Made]:
     source = made[-1]
     pruned = stages.prune(shop, source)
     made += [pruned, stages.prune_at_random(shop, source, pruned)]
-    if method.finetune:
+    if method.finetune and shop.experiment.recipe.finetune.epochs:
         made.append(stages.finetune(shop, pruned))
     return made
 

@@ -100,12 +100,12 @@ class Runtime:
 
 def close_names(name: str, allowed: Iterable[str]) -> list[str]:
     """Up to three of the `allowed` names that a misspelt `name` may have meant, closest first."""
-    return difflib.get_close_matches(str(name), sorted({str(a) for a in allowed}), n=3, cutoff=0.6)
+    return difflib.get_close_matches(str(name), [str(a) for a in allowed], n=3, cutoff=0.6)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """The part of an error sentence that says what is allowed, closest first: 'did you mean ...'."""
-    names = sorted({str(a) for a in allowed})
+    names = list(dict.fromkeys(str(a) for a in allowed))
     listed = "allowed: " + ", ".join(names) if names else "nothing is allowed here"
     close = close_names(name, names)
     return f"did you mean {' or '.join(close)}? ({listed})" if close else listed
@@ -129,7 +129,7 @@ def typed(
     prefix = f"{where}." if where else ""
     for name in values:
         if name in supplied or (name not in named and not open_ended):
-            raise UserError(f"{prefix}{name}: there is no such setting; {nearest(name, named)}")
+            raise UserError(f"{prefix}{name}: there is no such setting; {nearest(name, sorted(named))}")
     for name in sorted(named - set(values)):
         if parameters[name].default is inspect.Parameter.empty:
             raise UserError(f"{prefix}{name} is missing and has no default")
@@ -150,11 +150,11 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     if hint is Any or hint is inspect.Parameter.empty:
         return value
     if origin is Annotated:
-        value = checked(value, arguments[0], where)
+        result = checked(value, arguments[0], where)
         for bound in arguments[1:]:
-            if isinstance(bound, Bounds) and value is not None and not bound.admit(value):
+            if isinstance(bound, Bounds) and result is not None and not bound.admit(result):
                 raise UserError(f"{where}={_shown(value)}: must be {bound}")
-        return value
+        return result
     if origin is Literal:
         for option in arguments:
             if type(option) is type(value) and option == value:  # True == 1 == 1.0 elsewhere

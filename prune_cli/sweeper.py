@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from prune_cli.build import build
@@ -18,15 +19,19 @@ from prune_cli.job import Failed, command_of, make_run_folder, record_failure, s
 class EachJob(BasicSweeper):
     """Checks each job, records the ones that cannot be right, hands the rest to the launcher."""
 
+    __module__ = "hydra_plugins.prune_cli"  # Hydra takes plugins from this namespace only
+
     def sweep(self, arguments: list[str]) -> list[Any]:
         """Run all jobs. Raises UserError: every job is wrong for the same reason, nothing was run;
-        Failed: at least one job failed."""
+        SystemExit: at least one job failed."""
         composer = Composer(self.hydra_context.config_loader, self.config.hydra.job.config_name)
         overrides = [composer.parse(line) for line in self._parse_config() + list(arguments)]
         jobs = self.split_arguments(overrides, None)[0]
         fixed = list(self.config.hydra.overrides.hydra)
         checks = [_check(composer, fixed + job) for job in jobs]
         sentences = {sentence for _, sentence in checks}
+        if not jobs:
+            raise UserError("-m: there are no values to sweep over")
         if len(sentences) == 1 and None not in sentences:
             raise UserError(sentences.pop())
 
@@ -43,7 +48,7 @@ class EachJob(BasicSweeper):
         if failures:
             listed = "; ".join(" ".join(job) for job, _ in failures)
             say(f"{len(failures)} of {len(jobs)} jobs failed: {listed}")
-            raise Failed(2 if all(code == 2 for _, code in failures) else 1)
+            raise SystemExit(2 if all(code == 2 for _, code in failures) else 1)
         return returns
 
 
@@ -66,12 +71,12 @@ def _record_refusal(job: Sequence[str], config: dict[str, Any], sentence: str) -
     record_failure(folder, sentence, config, command_of(job))
 
 
-def _exit_code(result: Any) -> int:
-    try:
-        result.return_value  # Hydra raises here what the job raised
-    except Failed as failure:
-        return failure.exit_code
-    except Exception as problem:
-        say(f"{type(problem).__name__}: {problem}")
-        return 1
-    return 0
+def _exit_code(result: JobReturn) -> int:
+    """0 for a job that ended well."""
+    if result.status is JobStatus.COMPLETED:
+        return 0
+    problem = result._return_value  # its property prints a line of Hydra's
+    if isinstance(problem, Failed):
+        return problem.exit_code
+    say(f"{type(problem).__name__}: {problem}")
+    return 1

@@ -32,6 +32,8 @@ class Checkpoint(Protocol):
 class Monitor(Protocol):
     """Who is told how it goes (`journal.StageLog`)."""
 
+    def resumed(self, history: History) -> None: ...
+
     def step(self) -> None: ...
 
     def epoch(self, epoch: int, values: Mapping[str, float], tensors: Mapping[str, Tensor] | None = None) -> None: ...
@@ -60,7 +62,9 @@ def fit(
     """
     run = _Run(model, splits, settings, precision)
     run.resume(checkpoint)
-    if not run.history:
+    if run.history:
+        monitor.resumed(run.history)
+    else:
         hooks.before_fit(model, run.progress())
     while len(run.history) < settings.epochs:
         epoch_seed = derive(seed, stage, len(run.history))

@@ -87,7 +87,7 @@ def _images(loaded: Any) -> Images:
 
 def _cause(problem: BaseException) -> str:
     """The cause in one line: torchvision's own messages run over several, the last says most."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    lines = [line.strip(" <>") for line in str(problem).splitlines() if line.strip()]
     return lines[-1] if lines else type(problem).__name__
 
 

@@ -1,0 +1,426 @@
+"""Every data set: what it yields, that only the seed decides it, and what it says when it cannot."""
+
+import logging
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from prune_cli.datasets.digits import FILE, Digits
+from prune_cli.datasets.folder import CACHE, ImageFolder
+from prune_cli.datasets.imagenet import StreamedFolder
+from prune_cli.datasets.subsets import partition, stratified
+from prune_cli.datasets.synthetic import Synthetic
+from prune_cli.datasets.tensors import Images, Normalisation, TensorSplit, mirror, random_crop
+from prune_cli.datasets.torchvision_sets import TorchvisionSet
+from prune_cli.errors import UserError
+from prune_cli.settings import typed
+from prune_cli.targets import resolve
+from prune_cli.vision import torchvision
+
+CPU = torch.device("cpu")
+GREY = dict(mean=(0.5,), std=(0.5,))
+CONFIGS = sorted(Path(__file__).parents[1].glob("conf/dataset/*.yaml"))
+
+
+def load(dataset, root, validation=0.0, limit=None, workers=0):
+    return dataset.load(Path(root), CPU, validation=validation, limit=limit, workers=workers)
+
+
+def epoch(split, batch_size=16, seed=None):
+    """All images and labels of one epoch."""
+    images, labels = zip(*split.batches(batch_size, seed))
+    return torch.cat(images), torch.cat(labels)
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def sentence(problem, *words):
+    """The error is one line and says all of `words`."""
+    text = str(problem.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+# --- the settings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_fits_its_class_and_explains_every_key(config):
+    yaml = pytest.importorskip("yaml")
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    target = resolve(values.pop("_target_"))
+    assert target(**typed(target, values, "dataset")).name == values["name"]
+    lines = config.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ") and all("  # " in line for line in lines[1:])
+
+
+# --- subsets ------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
+@settings(deadline=None)
+def test_a_stratified_subset_has_every_class_in_proportion(labels, data):
+    labels = torch.tensor(labels)
+    count = data.draw(st.integers(0, len(labels)))
+    chosen = stratified(labels, count)
+    assert len(chosen) == count and same([chosen], [stratified(labels, count)])
+    assert torch.equal(chosen, chosen.unique())
+    shares = torch.bincount(labels) * count / len(labels)
+    taken = torch.bincount(labels[chosen], minlength=len(shares))
+    assert ((taken - shares).abs() < 1).all()
+
+
+@given(st.floats(0, 0.9), st.integers(1, 50) | st.none())
+@settings(deadline=None)
+def test_held_out_images_do_not_depend_on_the_limit(validation, limit):
+    labels = torch.arange(40) % 4
+    train, held_out = partition(labels, validation, limit)
+    all_train, all_held_out = partition(labels, validation, None)
+    assert set(train.tolist()) <= set(all_train.tolist())
+    assert len(train) == min(limit or 40, len(all_train))
+    assert (held_out is None) == (validation == 0)
+    if validation:
+        assert set(held_out.tolist()) <= set(all_held_out.tolist())
+        assert sorted(all_train.tolist() + all_held_out.tolist()) == list(range(40))
+
+
+def test_something_is_left_to_train_on():
+    with pytest.raises(UserError) as problem:
+        partition(torch.tensor([0, 1]), 0.9, None)
+    sentence(problem, "recipe.validation=0.9", "2 training images")
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 5), st.sampled_from([1, 3]), st.integers(1, 7), st.integers(1, 7), st.integers(0, 4), st.integers(0, 99)
+)
+@settings(deadline=None)
+def test_crop_and_mirror_agree_with_one_image_at_a_time(N, C, H, W, pad, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(1, 256, (N, C, H, W), generator=generator).to(torch.uint8)
+    offsets = torch.randint(0, 2 * pad + 1, (N, 2), generator=generator)
+    chosen = torch.rand(N, generator=generator) < 0.5
+    for image, (top, left), flipped, result in zip(
+        images.numpy(), offsets.tolist(), chosen.tolist(), mirror(random_crop(images, offsets, pad), chosen).numpy()
+    ):
+        expected = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))[:, top : top + H, left : left + W]
+        assert np.array_equal(result, expected[:, :, ::-1] if flipped else expected)
+
+
+def test_augmented_batches_are_normalised_windows_of_their_images():
+    pixels = torch.arange(1, 251).view(-1, 1, 5, 5).to(torch.uint8)
+    split = TensorSplit(Images(pixels, torch.arange(10)), Normalisation((0.5,), (0.25,), CPU), pad=1, flip=True)
+    seen = set()
+    images, labels = epoch(split, 4, seed=3)
+    assert sorted(labels.tolist()) == list(range(10))
+    for image, label in zip(images, labels):
+        framed = torch.nn.functional.pad(pixels[label].float(), (1, 1, 1, 1))
+        candidates = {
+            (top, left, flipped): framed[:, top : top + 5, left : left + 5].flip(2 if flipped else ())
+            for top in range(3)
+            for left in range(3)
+            for flipped in (False, True)
+        }
+        matches = [k for k, v in candidates.items() if torch.allclose((v / 255 - 0.5) / 0.25, image, atol=1e-6)]
+        assert len(matches) == 1
+        seen.update(matches)
+    assert len(seen) > 5
+
+
+def test_black_frames_stay_black_as_in_torchvision():
+    black = Images(torch.zeros(4, 1, 6, 6, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    images, _ = epoch(TensorSplit(black, Normalisation((0.5,), (0.5,), CPU), pad=2), seed=0)
+    assert (images == -1).all()
+
+
+def test_normalisation_is_torchvisions():
+    T = torchvision().transforms
+    pixels = torch.randint(0, 256, (6, 5, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    expected = T.Compose([T.ToTensor(), T.Normalize(mean, std)])(Image.fromarray(pixels.numpy()))
+    torch.testing.assert_close(Normalisation(mean, std, CPU)(pixels.permute(2, 0, 1)[None])[0], expected)
+
+
+def test_the_seed_alone_decides_the_batches():
+    split = load(Synthetic("s", **GREY, pad=2, flip=True, train_size=40), "").train
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = epoch(split, seed=7)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert same(first, epoch(split, seed=7))
+    assert same(first, epoch(split, batch_size=7, seed=7))
+    assert not same(first, epoch(split, seed=8))
+    plain = epoch(split)
+    assert same(plain, epoch(split)) and torch.equal(plain[1], split.labels)
+    assert plain[0].dtype == torch.float32 and plain[1].dtype == torch.int64
+
+
+def test_one_mean_per_channel_or_one_for_all():
+    assert load(Synthetic("s", (0.5,), (0.5,)), "").channels == 3
+    with pytest.raises(UserError) as problem:
+        load(Synthetic("s", (0.5, 0.5), (0.5,)), "")
+    sentence(problem, "dataset.mean", "2 values", "3 channel")
+
+
+# --- digits, synthetic --------------------------------------------------------------------------
+
+
+def test_digits_are_the_uci_digits_in_a_fixed_split():
+    splits = load(Digits("digits", (0.0,), (1.0,)), "/nowhere")
+    assert (len(splits.train), len(splits.test), splits.validation) == (1437, 360, None)
+    assert (splits.channels, splits.resolution, splits.classes) == (1, 8, 10)
+    assert torch.bincount(splits.test.labels).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    images, _ = epoch(splits.test)
+    assert images.min() == 0 and images.max() == 1  # 16 levels
+    with np.load(FILE) as stored:
+        assert stored["images"].shape == (1797, 8, 8) and stored["images"].max() == 16
+        assert stored["test"].sum() == 360
+
+
+def test_digits_equal_their_source():
+    source = pytest.importorskip("sklearn.datasets").load_digits()
+    with np.load(FILE) as stored:
+        assert np.array_equal(stored["images"], source.images) and np.array_equal(stored["labels"], source.target)
+
+
+def test_validation_and_limit_are_stratified_and_stay_the_same():
+    digits = Digits("digits", **GREY)
+    splits = load(digits, "", validation=0.1)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (1293, 144, 360)
+    assert set(torch.bincount(splits.validation.labels).tolist()) <= {14, 15}
+    assert torch.equal(splits.validation.pixels, load(digits, "", validation=0.1).validation.pixels)
+    small = load(digits, "", validation=0.1, limit=20)
+    for part in (small.train, small.validation, small.test):
+        assert torch.bincount(part.labels).tolist() == [2] * 10
+
+
+def test_a_network_learns_the_synthetic_images():
+    splits = load(Synthetic("s", **GREY, channels=2, resolution=9, classes=3), "")
+    assert (splits.channels, splits.resolution, splits.classes) == (2, 9, 3)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2 * 81, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for images, labels in splits.train.batches(16, seed=0):
+        loss = torch.nn.functional.cross_entropy(model(images.flatten(1)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    images, labels = epoch(splits.test)
+    assert (model(images.flatten(1)).argmax(1) == labels).float().mean() > 0.9
+
+
+def test_synthetic_content_decides_its_fingerprint():
+    prints = [Synthetic("s", **GREY, **v).fingerprint(Path()) for v in ({}, {"seed": 1}, {"noise": 0.5}, {"pad": 2})]
+    assert len(set(prints)) == 3 and prints[0] == prints[3]
+    with pytest.raises(UserError) as problem:
+        load(Synthetic("s", **GREY, train_size=5), "")
+    sentence(problem, "train_size=5", "classes=10")
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """root/pictures/{train,test}/{Äpfel,梨}: six and four images per class, of mixed modes and sizes."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 4)):
+        for class_name in ("Äpfel", "梨"):
+            where = tmp_path / "pictures" / part / class_name
+            where.mkdir(parents=True)
+            for i in range(count):
+                shape = [(8, 8), (8, 8, 3), (8, 8, 4), (12, 9, 3)][i % 4]
+                Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(where / f"bild {i} ü.png")
+            (where / "Thumbs.db").write_bytes(b"no image")
+    return tmp_path
+
+
+def pictures(**changes):
+    return ImageFolder(**{**GREY, "name": "mine", "path": "pictures", "resolution": 8, **changes})
+
+
+def streamed(**changes):
+    return StreamedFolder(**{**GREY, "name": "mine", "path": "pictures", "resolution": 8, "resize": 10, **changes})
+
+
+def test_folder_reads_images_of_every_mode_and_size(folder):
+    splits = load(pictures(), folder)
+    assert (len(splits.train), len(splits.test), splits.channels, splits.classes) == (12, 8, 3, 2)
+    assert splits.train.labels.tolist() == [0] * 6 + [1] * 6
+    file = folder / "pictures/train/Äpfel/bild 1 ü.png"
+    assert np.array_equal(splits.train.pixels[1].permute(1, 2, 0), np.asarray(Image.open(file)))
+    grey = load(pictures(channels=1, resolution=6, path=str(folder / "pictures")), folder / "elsewhere")
+    assert grey.train.pixels.shape == (12, 1, 6, 6)
+
+
+def test_folder_accepts_val_for_test(folder):
+    (folder / "pictures/test").rename(folder / "pictures/val")
+    assert len(load(pictures(), folder).test) == 8
+
+
+def test_folder_content_decides_its_fingerprint(folder):
+    before = pictures().fingerprint(folder)
+    shutil.copytree(folder / "pictures", folder / "copy")
+    assert pictures(path="copy", name="other").fingerprint(folder) == before == streamed().fingerprint(folder)
+    (folder / "pictures/train/梨/bild 0 ü.png").rename(folder / "pictures/train/梨/anders.png")
+    assert pictures().fingerprint(folder) != before
+
+
+def test_cache_is_written_used_and_survives_damage(folder, monkeypatch, caplog):
+    fresh = load(pictures(), folder)
+    (cache,) = (folder / CACHE).iterdir()
+    monkeypatch.setattr(ImageFolder, "_decoded", lambda *_: pytest.fail("decoded although cached"))
+    cached = load(pictures(), folder)
+    assert torch.equal(fresh.train.pixels, cached.train.pixels) and torch.equal(fresh.test.pixels, cached.test.pixels)
+    monkeypatch.undo()
+    whole = cache.read_bytes()
+    for damage in (whole[:-40], b"", whole[:400] + bytes(200) + whole[600:]):
+        cache.write_bytes(damage)
+        assert torch.equal(load(pictures(), folder).train.pixels, fresh.train.pixels)
+        assert "cannot be read" in caplog.text and cache.read_bytes() == whole
+        caplog.clear()
+    np.savez(cache, train=np.zeros(3), test=np.zeros(3))
+    assert torch.equal(load(pictures(), folder).train.pixels, fresh.train.pixels)
+
+
+def test_no_cache_where_none_can_be_written(folder, caplog):
+    (folder / CACHE).write_text("in the way")
+    with caplog.at_level(logging.INFO):
+        assert len(load(pictures(), folder).train) == 12
+    assert "not kept" in caplog.text
+
+
+@pytest.mark.parametrize("dataset", [pictures(), streamed()], ids=["memory", "streamed"])
+def test_folder_says_what_is_missing(dataset, folder):
+    with pytest.raises(UserError) as problem:
+        load(dataset, folder / "empty")
+    sentence(problem, "mine", "train", str(folder / "empty/pictures"), "PRUNE_DATA")
+    (folder / "pictures/train/leer").mkdir()
+    with pytest.raises(UserError) as problem:
+        load(dataset, folder)
+    sentence(problem, "leer", "no image")
+    shutil.copy(next((folder / "pictures/test/梨").glob("*.png")), folder / "pictures/train/leer")
+    with pytest.raises(UserError) as problem:
+        load(dataset, folder)
+    sentence(problem, "leer", "only one of")
+    shutil.rmtree(folder / "pictures/test")
+    with pytest.raises(UserError) as problem:
+        load(dataset, folder)
+    sentence(problem, "test or val", str(folder / "pictures"))
+    shutil.rmtree(folder / "pictures/train")
+    (folder / "pictures/train").mkdir()
+    with pytest.raises(UserError) as problem:
+        load(dataset, folder)
+    sentence(problem, "no class folders")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None], ids=["empty", "text", "truncated"])
+def test_a_damaged_image_is_named(folder, content):
+    file = folder / "pictures/train/梨/bild 3 ü.png"
+    file.write_bytes(file.read_bytes()[:150] if content is None else content)
+    with pytest.raises(UserError) as problem:
+        load(pictures(), folder)
+    sentence(problem, str(file), "cannot be decoded")
+    with pytest.raises(UserError) as problem:
+        epoch(load(streamed(), folder, workers=1).train, seed=0)
+    sentence(problem, str(file), "cannot be decoded")
+
+
+def test_a_folder_beyond_memory_is_to_be_streamed(folder):
+    with pytest.raises(UserError) as problem:
+        load(pictures(resolution=1_000_000), folder)
+    sentence(problem, "GiB", "dataset=imagenet")
+
+
+def test_streamed_batches_depend_on_the_seed_and_not_on_the_workers(folder):
+    splits = load(streamed(), folder, validation=0.5)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (6, 6, 8)
+    assert (splits.channels, splits.resolution, splits.classes) == (3, 8, 2)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = epoch(splits.train, 4, seed=5)
+    assert torch.equal(before, torch.get_rng_state())
+    assert first[0].shape == (6, 3, 8, 8) and first[0].dtype == torch.float32
+    assert same(first, epoch(load(streamed(), folder, validation=0.5, workers=1).train, 4, seed=5))
+    assert same(first, epoch(splits.train, 3, seed=5)) and not same(first, epoch(splits.train, 4, seed=6))
+    images, labels = epoch(splits.test)
+    assert labels.tolist() == [0] * 4 + [1] * 4 and same((images, labels), epoch(splits.test))
+
+
+def test_streamed_evaluation_is_resize_and_central_crop(folder):
+    T = torchvision().transforms
+    expected = T.Compose([T.Resize(10), T.CenterCrop(8), T.ToTensor(), T.Normalize(0.5, 0.5)])
+    image = Image.open(folder / "pictures/test/Äpfel/bild 3 ü.png")
+    torch.testing.assert_close(epoch(load(streamed(), folder).test)[0][3], expected(image))
+    with pytest.raises(UserError) as problem:
+        load(streamed(resize=7), folder)
+    sentence(problem, "dataset.resize=7")
+
+
+# --- torchvision --------------------------------------------------------------------------------
+
+FASHION = TorchvisionSet("fashion_mnist", **GREY, source="FashionMNIST")
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """Data root with a Fashion-MNIST of 6 training and 3 test images, in the format of the original."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 6), ("t10k", 3)):
+        pixels = (np.arange(count * 784) % 251).astype(np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(range(count)))
+    return tmp_path
+
+
+def test_fashion_mnist_is_read_by_torchvision(fashion):
+    splits = load(FASHION, fashion)
+    assert (len(splits.train), len(splits.test), splits.channels, splits.resolution) == (6, 3, 1, 28)
+    assert splits.train.pixels.flatten()[:300].tolist() == [i % 251 for i in range(300)]
+    assert splits.test.labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("file, keep", [("train-images-idx3-ubyte", 500), ("t10k-labels-idx1-ubyte", 9), ("t10k-labels-idx1-ubyte", 2)])
+def test_a_truncated_file_is_a_sentence(fashion, file, keep):
+    path = fashion / "FashionMNIST/raw" / file
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError) as problem:
+        load(FASHION, fashion)
+    sentence(problem, "fashion_mnist", str(path.parent), "delete them")
+
+
+@pytest.mark.parametrize("source", ["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "SVHN"])
+def test_missing_and_no_network_is_a_sentence(source, tmp_path, monkeypatch, capfd):
+    def no_network(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(UserError) as problem:
+        load(TorchvisionSet("mine", **GREY, source=source), tmp_path)
+    sentence(problem, "mine: not found", str(tmp_path), "Network is unreachable", "PRUNE_DATA")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_layouts_of_torchvision_become_one():
+    from prune_cli.datasets.torchvision_sets import _images
+
+    class Cifar:
+        data, targets = np.zeros((2, 32, 30, 3), np.uint8), [1, 0]
+
+    class Svhn:
+        data, labels = np.zeros((2, 3, 32, 30), np.uint8), np.array([1, 0])
+
+    assert _images(Cifar).pixels.shape == _images(Svhn).pixels.shape == (2, 3, 32, 30)
+    assert _images(Cifar).labels.tolist() == [1, 0]
