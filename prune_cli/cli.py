@@ -15,15 +15,13 @@ from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import _run_hydra, create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 from hydra.core.utils import env_override, setup_globals
 from omegaconf import OmegaConf
 
 from prune_cli.compose import CONF, Composer, first_line
 from prune_cli.errors import UserError
 from prune_cli.job import INTERRUPTED, hydra_job, say
-from prune_cli.sweeper import EachJob
+from prune_cli.sweep import sweep
 
 
 def main() -> int:
@@ -35,7 +33,7 @@ def main() -> int:
         parser.error = _refuse
         arguments = parser.parse_intermixed_args()
         with env_override({"HYDRA_FULL_ERROR": "1"}):  # exceptions come here instead of being printed
-            _run(parser, arguments)
+            return _run(parser, arguments)
     except KeyboardInterrupt:
         say(INTERRUPTED)
         return 130
@@ -47,31 +45,31 @@ def main() -> int:
             raise
         say(first_line(problem))
         return 2
-    return 0
 
 
 def _refuse(message: str) -> None:
     raise UserError(f"{message}; --help lists what there is")
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Check the overrides, then let Hydra do what the options say."""
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Check the overrides, then do what the options say; all but help and sweeps is Hydra's."""
     version.setbase("1.3")
     setup_globals()
-    Plugins.instance().register(EachJob)
     if arguments.config_path is not None:
         raise UserError("--config-path: the settings of prune-cli cannot be replaced; --config-dir adds to them")
     config_name = arguments.config_name or "config"
     composer = Composer(_loader(arguments.config_dir), config_name)
     if arguments.help:
         print(_help(composer))
-        return
-    if not (arguments.shell_completion or arguments.hydra_help):
-        if arguments.multirun:
-            arguments.overrides = _per_job(composer, arguments.overrides)
-        else:
-            composer.compose(arguments.overrides)
+        return 0
+    overrides = [] if arguments.shell_completion else [composer.parse(line) for line in arguments.overrides]
+    other_sweeper = any(o.key_or_group == "hydra/sweeper" for o in overrides)
+    if arguments.multirun and not other_sweeper:
+        return sweep(composer, arguments.overrides)
+    if overrides and not (arguments.multirun or arguments.hydra_help):
+        composer.compose(arguments.overrides)
     _run_hydra(arguments, parser, hydra_job, config_path=str(CONF), config_name=config_name)
+    return 0
 
 
 def _help(composer: Composer) -> str:
@@ -91,29 +89,3 @@ def _loader(config_dir: str | None) -> ConfigLoaderImpl:
         folder = f"file://{os.path.abspath(config_dir)}"
         search_path.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
     return ConfigLoaderImpl(search_path)
-
-
-def _per_job(composer: Composer, lines: list[str]) -> list[str]:
-    """The overrides of a sweep, those of a value as choices of one.
-
-    Hydra first composes all fixed overrides without the swept ones, and would refuse
-    `-m method=fp,random method.criterion=l1` because the default method has no criterion. A choice
-    is left to the jobs, where EachJob checks it.
-    """
-    overrides = [composer.parse(line) for line in lines]
-    composer.compose([o.input_line for o in overrides if not _left_to_jobs(composer, o)])
-    return [_choice(o) if _is_fixed_value(composer, o) else o.input_line for o in overrides]
-
-
-def _left_to_jobs(composer: Composer, override: Override) -> bool:
-    return override.is_sweep_override() or _is_fixed_value(composer, override)
-
-
-def _is_fixed_value(composer: Composer, override: Override) -> bool:
-    of_hydra = override.key_or_group.startswith(("hydra.", "hydra/"))
-    return not (override.is_sweep_override() or override.is_delete() or of_hydra or composer.is_choice(override))
-
-
-def _choice(override: Override) -> str:
-    value = override.get_value_element_as_str() or "''"
-    return f"{override.get_key_element()}=choice({value})"

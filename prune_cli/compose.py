@@ -38,7 +38,7 @@ class Composer:
         for override in overrides:
             _check_form(override)
             self._check_choice(override)
-        plain = [o.input_line if _of_hydra(o) else o.input_line.lstrip("+") for o in overrides]
+        plain = [o.input_line if of_hydra(o) else o.input_line.lstrip("+") for o in overrides]
         try:
             config = _resolved(self._load(plain))
         except UserError:
@@ -50,7 +50,7 @@ class Composer:
                 _check_key(override, known, self.groups)
             raise UserError(first_line(problem)) from problem
         for override in overrides:
-            if not _of_hydra(override) and override.type is not OverrideType.CHANGE:
+            if not of_hydra(override) and override.type is not OverrideType.CHANGE:
                 raise UserError(f"{override.input_line}: it exists already; write it without the +")
         return config
 
@@ -98,7 +98,8 @@ def first_line(problem: BaseException) -> str:
     return f"{key}: {message}" if key else message
 
 
-def _of_hydra(override: Override) -> bool:
+def of_hydra(override: Override) -> bool:
+    """Whether the override is about Hydra itself, not about a result."""
     return override.key_or_group.startswith(("hydra.", "hydra/"))
 
 
@@ -108,7 +109,7 @@ def _check_form(override: Override) -> None:
         raise UserError(f"{line}: several values need -m; a list is written {key}=[1,2]")
     if override.package is not None:
         raise UserError(f"{line}: a group cannot be moved with @; write {key}=NAME")
-    if override.is_delete() and not _of_hydra(override):
+    if override.is_delete() and not of_hydra(override):
         raise UserError(f"{line}: nothing can be removed from the settings; write {key}=VALUE to change it")
 
 

@@ -1,8 +1,8 @@
 """One job: a composed config becomes a run with its own folder, and ends in a number or a sentence."""
 
-import logging
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,8 +19,6 @@ from prune_cli.errors import StageError, UserError
 
 RUNS = Path("outputs/runs")
 INTERRUPTED = "interrupted; the same command resumes from the last finished epoch"
-
-log = logging.getLogger(__name__)
 
 
 class Failed(Exception):
@@ -51,7 +49,7 @@ def run_job(config: Mapping[str, Any], overrides: Sequence[str]) -> float:
         raise Failed(2) from problem
     folder = make_run_folder(experiment.name)
     _write_inputs(folder, config, overrides)
-    with _run_log(folder), _recorded(folder, config, command):
+    with _recorded(folder, config, command):
         from prune_cli.pipeline import run  # imports torch, which what came before does without
 
         return run(experiment, folder, command=command).objective
@@ -106,29 +104,6 @@ def _write_inputs(folder: Path, config: Mapping[str, Any], overrides: Sequence[s
 
 
 @contextmanager
-def _run_log(folder: Path) -> Iterator[None]:
-    """Send what is logged to run.log, and warnings to the terminal as well."""
-    file, terminal = logging.FileHandler(folder / "run.log", encoding="utf-8"), logging.StreamHandler()
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    terminal.setLevel(logging.WARNING)
-    # A traceback belongs in the file only; the terminal gets the sentence.
-    terminal.addFilter(lambda entry: entry.name != __name__)
-    package = logging.getLogger("prune_cli")
-    level = package.level
-    package.setLevel(logging.INFO)
-    package.addHandler(file)
-    package.addHandler(terminal)
-    try:
-        yield
-    finally:
-        package.setLevel(level)
-        package.removeHandler(file)
-        package.removeHandler(terminal)
-        file.close()
-
-
-@contextmanager
 def _recorded(folder: Path, config: Mapping[str, Any], command: str) -> Iterator[None]:
     """Turn the ways a run can end badly into a record, a sentence and an exit code."""
     try:
@@ -140,9 +115,10 @@ def _recorded(folder: Path, config: Mapping[str, Any], command: str) -> Iterator
     except (UserError, StageError) as problem:
         failure, sentence, exit_code = problem, str(problem), 2 if isinstance(problem, UserError) else 1
     except Exception as problem:
-        failure, exit_code = problem, 1
-        sentence = f"{type(problem).__name__} ended the run; the traceback is in {folder / 'run.log'}"
-    log.error(sentence, exc_info=failure)
+        log = folder / "run.log"
+        if not log.exists():  # else the journal was open and has written the traceback
+            log.write_text(traceback.format_exc(), encoding="utf-8")
+        failure, sentence, exit_code = problem, f"{type(problem).__name__} ended the run; the traceback is in {log}", 1
     record_failure(folder, sentence, config, command)
     say(sentence)
     raise Failed(exit_code) from failure

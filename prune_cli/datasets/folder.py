@@ -83,7 +83,7 @@ def _memory() -> int:
 def _recall(cache: Path, shapes: list[tuple[int, ...]]) -> list[Tensor] | None:
     """The training and test pixels kept in `cache`, None when it is absent or damaged."""
     try:
-        with np.load(cache, allow_pickle=False) as stored:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = [stored["train"], stored["test"]]
     except FileNotFoundError:
         return None

@@ -54,7 +54,7 @@ class TorchvisionSet(InMemoryDataset):
         try:
             return _images(loader(data_root, **which))
         except ImportError as problem:  # SVHN is a MATLAB file, scipy reads it
-            raise UserError(f"{self.name}: {problem.name} is needed to read it; pip install {problem.name}") from problem
+            raise UserError(f"{self.name}: reading it needs {problem.name}; pip install {problem.name}") from problem
         except UNREADABLE as problem:
             if "not found" not in str(problem):
                 raise UserError(

@@ -17,6 +17,7 @@ from prune_cli.record import Latency, Record, StageResult
 
 ORDER = ("dense", "sparse", "pruned", "random", "finetuned")
 LABELS = {"random": "random selection,\nsame ratio"}  # the control, not a stage of the method
+ENDINGS = {"failed": "failed", "interrupted": "was interrupted"}  # of a run, by its status
 MISSING = "–"
 
 
@@ -66,7 +67,7 @@ def sentences(record: Record) -> list[str]:
     """What a reader of the table has to know besides its numbers."""
     said = []
     if record.failure:
-        said.append(f"This run {_ENDINGS.get(record.status, record.status)}: {record.failure}")
+        said.append(f"This run {ENDINGS.get(record.status, record.status)}: {record.failure}")
     if record.obtained is not None and record.requested is not None:
         said.append(
             f"Removed {_percent(record.obtained)}% of the {record.unit}s, "
@@ -77,9 +78,6 @@ def sentences(record: Record) -> list[str]:
     if any(result.latency for result in record.stages):
         said.append(_measured_on(record.machine))
     return said
-
-
-_ENDINGS = {"failed": "failed", "interrupted": "was interrupted"}
 
 
 def measured_speedup(record: Record, result: StageResult, batch: int) -> float | None:

@@ -1,0 +1,175 @@
+"""Folders of images, in memory and streamed: what is read, what is cached, what is said when it fails."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prune_cli.datasets.folder import CACHE, ImageFolder
+from prune_cli.datasets.imagenet import StreamedFolder
+from prune_cli.errors import UserError
+from prune_cli.vision import torchvision
+
+CPU = torch.device("cpu")
+GREY = dict(mean=(0.5,), std=(0.5,))
+
+
+def load(dataset, root, validation=0.0, limit=None, workers=0):
+    return dataset.load(Path(root), CPU, validation=validation, limit=limit, workers=workers)
+
+
+def epoch(split, batch_size=16, seed=None):
+    """All images and labels of one epoch."""
+    images, labels = zip(*split.batches(batch_size, seed))
+    return torch.cat(images), torch.cat(labels)
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def sentence(problem, *words):
+    """The error is one line and says all of `words`."""
+    text = str(problem.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """root/pictures/{train,test}/{Äpfel,梨}: six and four images per class, of mixed modes and sizes."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 4)):
+        for class_name in ("Äpfel", "梨"):
+            where = tmp_path / "pictures" / part / class_name
+            where.mkdir(parents=True)
+            for i in range(count):
+                shape = [(8, 8), (8, 8, 3), (8, 8, 4), (12, 9, 3)][i % 4]
+                Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(where / f"bild {i} ü.png")
+            (where / "Thumbs.db").write_bytes(b"no image")
+    return tmp_path
+
+
+def pictures(**changes):
+    return ImageFolder(**{**GREY, "name": "mine", "path": "pictures", "resolution": 8, **changes})
+
+
+def streamed(**changes):
+    return StreamedFolder(**{**GREY, "name": "mine", "path": "pictures", "resolution": 8, "resize": 10, **changes})
+
+
+def test_folder_reads_images_of_every_mode_and_size(folder):
+    splits = load(pictures(), folder)
+    assert (len(splits.train), len(splits.test), splits.channels, splits.classes) == (12, 8, 3, 2)
+    assert splits.train.labels.tolist() == [0] * 6 + [1] * 6
+    file = folder / "pictures/train/Äpfel/bild 1 ü.png"
+    assert np.array_equal(splits.train.pixels[1].permute(1, 2, 0), np.asarray(Image.open(file)))
+    grey = load(pictures(channels=1, resolution=6, path=str(folder / "pictures")), folder / "elsewhere")
+    assert grey.train.pixels.shape == (12, 1, 6, 6)
+
+
+def test_folder_accepts_val_for_test(folder):
+    (folder / "pictures/test").rename(folder / "pictures/val")
+    assert len(load(pictures(), folder).test) == 8
+
+
+def test_folder_content_decides_its_fingerprint(folder):
+    before = pictures().fingerprint(folder)
+    shutil.copytree(folder / "pictures", folder / "copy")
+    assert pictures(path="copy", name="other").fingerprint(folder) == before == streamed().fingerprint(folder)
+    (folder / "pictures/train/梨/bild 0 ü.png").rename(folder / "pictures/train/梨/anders.png")
+    assert pictures().fingerprint(folder) != before
+
+
+def test_cache_is_written_used_and_survives_damage(folder, monkeypatch, caplog):
+    fresh = load(pictures(), folder)
+    (cache,) = (folder / CACHE).iterdir()
+    monkeypatch.setattr(ImageFolder, "_decoded", lambda *_: pytest.fail("decoded although cached"))
+    cached = load(pictures(), folder)
+    assert torch.equal(fresh.train.pixels, cached.train.pixels) and torch.equal(fresh.test.pixels, cached.test.pixels)
+    monkeypatch.undo()
+    whole = cache.read_bytes()
+    for damage in (whole[:-40], b"", whole[:400] + bytes(200) + whole[600:]):
+        cache.write_bytes(damage)
+        assert torch.equal(load(pictures(), folder).train.pixels, fresh.train.pixels)
+        assert "cannot be read" in caplog.text and cache.read_bytes() == whole
+        caplog.clear()
+    np.savez(cache, train=np.zeros(3), test=np.zeros(3))
+    assert torch.equal(load(pictures(), folder).train.pixels, fresh.train.pixels)
+
+
+def test_no_cache_where_none_can_be_written(folder, caplog):
+    (folder / CACHE).write_text("in the way")
+    with caplog.at_level(logging.INFO):
+        assert len(load(pictures(), folder).train) == 12
+    assert "not kept" in caplog.text
+
+
+@pytest.mark.parametrize("dataset", [pictures(), streamed()], ids=["memory", "streamed"])
+def test_folder_says_what_is_missing(dataset, folder):
+    with pytest.raises(UserError) as problem:
+        load(dataset, folder / "empty")
+    sentence(problem, "mine", "train", str(folder / "empty/pictures"), "PRUNE_DATA")
+    (folder / "pictures/train/leer").mkdir()
+    with pytest.raises(UserError) as problem:
+        load(dataset, folder)
+    sentence(problem, "leer", "no image")
+    shutil.copy(next((folder / "pictures/test/梨").glob("*.png")), folder / "pictures/train/leer")
+    with pytest.raises(UserError) as problem:
+        load(dataset, folder)
+    sentence(problem, "leer", "only one of")
+    shutil.rmtree(folder / "pictures/test")
+    with pytest.raises(UserError) as problem:
+        load(dataset, folder)
+    sentence(problem, "test or val", str(folder / "pictures"))
+    shutil.rmtree(folder / "pictures/train")
+    (folder / "pictures/train").mkdir()
+    with pytest.raises(UserError) as problem:
+        load(dataset, folder)
+    sentence(problem, "no class folders")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None], ids=["empty", "text", "truncated"])
+def test_a_damaged_image_is_named(folder, content):
+    file = folder / "pictures/train/梨/bild 3 ü.png"
+    file.write_bytes(file.read_bytes()[:150] if content is None else content)
+    with pytest.raises(UserError) as problem:
+        load(pictures(), folder)
+    sentence(problem, str(file), "cannot be decoded")
+    with pytest.raises(UserError) as problem:
+        epoch(load(streamed(), folder, workers=1).train, seed=0)
+    sentence(problem, str(file), "cannot be decoded")
+
+
+def test_a_folder_beyond_memory_is_to_be_streamed(folder):
+    with pytest.raises(UserError) as problem:
+        load(pictures(resolution=1_000_000), folder)
+    sentence(problem, "GiB", "dataset=imagenet")
+
+
+def test_streamed_batches_depend_on_the_seed_and_not_on_the_workers(folder):
+    splits = load(streamed(), folder, validation=0.5)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (6, 6, 8)
+    assert (splits.channels, splits.resolution, splits.classes) == (3, 8, 2)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = epoch(splits.train, 4, seed=5)
+    assert torch.equal(before, torch.get_rng_state())
+    assert first[0].shape == (6, 3, 8, 8) and first[0].dtype == torch.float32
+    assert same(first, epoch(load(streamed(), folder, validation=0.5, workers=1).train, 4, seed=5))
+    assert same(first, epoch(splits.train, 3, seed=5)) and not same(first, epoch(splits.train, 4, seed=6))
+    images, labels = epoch(splits.test)
+    assert labels.tolist() == [0] * 4 + [1] * 4 and same((images, labels), epoch(splits.test))
+
+
+def test_streamed_evaluation_is_resize_and_central_crop(folder):
+    T = torchvision().transforms
+    expected = T.Compose([T.Resize(10), T.CenterCrop(8), T.ToTensor(), T.Normalize(0.5, 0.5)])
+    image = Image.open(folder / "pictures/test/Äpfel/bild 3 ü.png")
+    torch.testing.assert_close(epoch(load(streamed(), folder).test)[0][3], expected(image))
+    with pytest.raises(UserError) as problem:
+        load(streamed(resize=7), folder)
+    sentence(problem, "dataset.resize=7")
