@@ -3,6 +3,7 @@
 What needs no torch is checked first, so that a wrong number is answered at once.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,11 +64,14 @@ def build(config: Mapping[str, Any]) -> "Experiment":
 
 
 def _component(group: str, values: Mapping[str, Any]) -> Component:
-    for key in ("name", "_target_"):
-        if not isinstance(values.get(key), str) or not values[key]:
-            raise UserError(f"{group}.{key}: must be text; each file of conf/{group} has it")
+    for key, form, words in (
+        ("name", r"[\w.-]+", "letters, digits, dots and dashes, since folders are named so"),
+        ("_target_", r"\w+(\.\w+)+", "the dotted path of an importable class or function"),
+    ):
+        if not re.fullmatch(form, str(values.get(key, ""))):
+            raise UserError(f"{group}.{key}={values.get(key, '')}: must be {words}")
     arguments = {key: value for key, value in values.items() if key not in ("name", "_target_")}
-    return Component(values["name"], values["_target_"], arguments)
+    return Component(str(values["name"]), values["_target_"], arguments)
 
 
 def _made(group: str, component: Component, base: type, arguments: Mapping[str, Any]) -> Any:

@@ -106,7 +106,7 @@ def of_hydra(override: Override) -> bool:
 def _check_form(override: Override) -> None:
     line, key = override.input_line, override.key_or_group
     if override.is_sweep_override():
-        raise UserError(f"{line}: several values need -m; a list is written {key}=[1,2]")
+        raise UserError(f"{line}: several values need -m (a list is written [1,2])")
     if override.package is not None:
         raise UserError(f"{line}: a group cannot be moved with @; write {key}=NAME")
     if override.is_delete() and not of_hydra(override):
@@ -132,7 +132,8 @@ def _check_key(override: Override, known: Mapping, groups: Mapping[str, Sequence
             node = node[int(part)] if isinstance(node, list) else node[part]
         if isinstance(node, Mapping) and node and not isinstance(value, Mapping):
             name = ".".join(path)
-            raise UserError(f"{override.input_line}: {name} holds several settings; set one, as in {name}.{next(iter(node))}")
+            example = f"{name}.{next(iter(node))}"
+            raise UserError(f"{override.input_line}: {name} holds several settings; set one, as in {example}")
 
 
 def _parts(key: str) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prune_cli.hooks import Progress, TrainingHooks
 from prune_cli.masks import Masks
+from prune_cli.targets import source_hash
 
 
 def selection_field(**options: Any) -> Any:
@@ -33,9 +34,14 @@ class PruningMethod(TrainingHooks, ABC):
     start     what sparsify trains: `init` the untrained network, `dense` the trained one,
               None = nothing, the dense network itself is pruned
     finetune  whether the cut network is trained again
+
+    and what `prune` promises, which every method says of itself:
+    unit      what is removed together, a key of `masks.UNIT_AXES`
+    scope     `global` removes the ratio of all units, `local` of every layer's
     """
 
     unit: ClassVar[str]
+    scope: str
     start: Literal["init", "dense", None] = None
     finetune: bool = selection_field(default=False)
 
@@ -63,8 +69,10 @@ class PruningMethod(TrainingHooks, ABC):
         return {}
 
     def training_settings(self) -> dict[str, Any]:
-        """The fields that sparsify depends on; part of its key."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("selection")}
+        """The method's identity and the fields that sparsify depends on; part of its key."""
+        target = f"{type(self).__module__}.{type(self).__qualname__}"
+        trained = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("selection")}
+        return {"target": target, "source": source_hash(target), **trained}
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,8 @@ def _checked_class(value: Any, kind: type, where: str) -> Any:
         if isinstance(value, Mapping):
             return kind(**typed(kind, value, where))
         if not isinstance(value, kind):
-            raise UserError(f"{where}={_shown(value)}: holds several settings; {nearest('', kind.__dataclass_fields__)}")
+            names = nearest("", kind.__dataclass_fields__)
+            raise UserError(f"{where}={_shown(value)}: holds several settings; {names}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1000 else math.inf  # float() of more raises
@@ -210,4 +211,6 @@ def _checked_class(value: Any, kind: type, where: str) -> Any:
 
 def _shown(value: Any) -> str:
     """A value as one writes it in YAML."""
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -92,13 +92,6 @@ class Workshop:
             "seed": experiment.seed,
         }
 
-    @property
-    def method_settings(self) -> dict[str, Any]:
-        """The method's identity and the fields that its training depends on."""
-        kind = type(self.experiment.method)
-        target = f"{kind.__module__}.{kind.__qualname__}"
-        return {"target": target, "source": source_hash(target), **self.experiment.method.training_settings()}
-
     def untrained(self) -> nn.Module:
         """The network at initialisation, the same for every method and stage of this seed."""
         with torch.random.fork_rng(devices=[]):
@@ -146,7 +139,7 @@ def sparsify(shop: Workshop, dense: Made) -> Made:
         return method.prepare(shop.trained(dense.artifact) if from_dense else shop.untrained())
 
     return _fit_stage(
-        shop, "sparse", start, shop.experiment.recipe.sparsify, method, {"method": shop.method_settings},
+        shop, "sparse", start, shop.experiment.recipe.sparsify, method, {"method": method.training_settings()},
         parent=dense.artifact.key if from_dense else None,
     )
 
@@ -154,7 +147,7 @@ def sparsify(shop: Workshop, dense: Made) -> Made:
 def prune(shop: Workshop, source: Made) -> Made:
     """Select, compensate, cut, and verify that the cut network is the masked one."""
     method, ratio = shop.experiment.method, shop.experiment.ratio
-    settings = {**shop.common, "method": {**shop.method_settings, **asdict(method)}, "ratio": ratio}
+    settings = {**shop.common, "method": {**method.training_settings(), **asdict(method)}, "ratio": ratio}
 
     def make(folder: Path, _: Partial) -> Mapping[str, Any]:
         model = shop.source(source)

@@ -72,6 +72,7 @@ def records(folder):
     return [json.loads(file.read_text()) for file in sorted(folder.glob("outputs/runs/*/*/record.json"))]
 
 
+KEYS = ["ratio", "method", "recipe.pretrain", "model.depth"]
 WRONG = [
     ("modle=resnet20", "did you mean model?"),
     ("model=resnet2O", "there is no such model; did you mean"),
@@ -114,7 +115,8 @@ WRONG = [
     ("model._target_=nowhere.Net", "cannot be imported"),
     ("method._target_=torch.nn.Linear", "must be a class derived from PruningMethod"),
     ("dataset._target_=torch.nn.Linear", "must be a class derived from Dataset"),
-    ("method.name=null", "method.name: must be text"),
+    ("method.name=../x", "method.name=../x: must be letters"),
+    ("method={_target_:3}", "must be the dotted path"),
     ("--nosuch", "--help lists what there is"),
     ("--config-dir=/nosuch", "there is no such folder"),
     ("--config-path=/", "cannot be replaced"),
@@ -145,8 +147,8 @@ def test_what_the_terminal_cannot_show_stays_one_line(ran, capsys):
 @example("a.b.c={d:{e:1}}")
 @given(
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
-    | st.builds("{}={}".format, st.sampled_from(["ratio", "method", "recipe.pretrain", "model.depth"]), st.text("0.5e-[]{}:,'$a+~", max_size=8))
-)  # fmt: skip
+    | st.builds("{}={}".format, st.sampled_from(KEYS), st.text("0.5e-[]{}:,'$a+~", max_size=8))
+)
 def test_no_override_ends_in_a_traceback(ran, override):
     if override.startswith("-"):
         return  # an option

@@ -35,9 +35,9 @@ def keys(node: yaml.Node):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(CONF)))
 def test_every_key_has_a_trailing_comment(file: Path):
-    lines = file.read_text().splitlines()
-    bare = [f"{k.start_mark.line + 1}: {k.value}" for k in keys(yaml.compose(file.read_text())) if not _comment(lines, k)]
-    assert not bare
+    text = file.read_text()
+    lines = text.splitlines()
+    assert not [f"{k.start_mark.line + 1}: {k.value}" for k in keys(yaml.compose(text)) if not _comment(lines, k)]
 
 
 def _comment(lines: list[str], key: yaml.Node) -> str:

@@ -41,7 +41,8 @@ def test_the_wheel_answers(installed, tmp_path):
     assert "method=stripe" in run(installed, "--help", cwd=tmp_path)
     assert "ratio: 0.3" in run(installed, "--cfg", "job", "ratio=0.3", cwd=tmp_path)
     python = installed.with_name("python")
-    assert run(python, "-c", "import prune_cli; print(prune_cli.__file__)", cwd=tmp_path).startswith(str(installed.parents[1]))
+    imported = run(python, "-c", "import prune_cli; print(prune_cli.__file__)", cwd=tmp_path)
+    assert imported.startswith(str(installed.parents[1]))
 
 
 def test_the_wheel_runs_a_job(installed, tmp_path):

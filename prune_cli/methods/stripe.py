@@ -36,6 +36,7 @@ class StripePruning(PruningMethod):
     """
 
     unit: ClassVar[str] = "stripe"
+    scope: ClassVar[str] = "global"
     start: Literal["init", "dense"] = "init"
     alpha: NonNegative | None = None
     strength: Positive = 1.3
