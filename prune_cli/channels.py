@@ -11,6 +11,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from prune_cli.layers.shortcut import ShortcutA
 
@@ -21,9 +22,11 @@ class ChannelGroup:
 
     producers  names of the convolutions and linear layers that write these channels; more than
                one where a residual sum couples them
-    norms      names of the batch norms on them
+    norms      names of the batch norms on them; after a concatenation a norm has further channels
     width      number of channels
-    removable  False where the network's output or a parameter-free shortcut fixes the width
+    removable  False where the network's output, a parameter-free shortcut or a grouped convolution
+               fixes the width, or where a layer mixes the channels (group norm), so that removing
+               one would change the others
     """
 
     producers: tuple[str, ...]
@@ -41,22 +44,21 @@ class ChannelGraph:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         like = next(model.parameters())
-        example = torch.zeros(1, *model.input_shape, device=like.device, dtype=like.dtype)
-        flags = [(module, module.training) for module in model.modules()]
-        with _placeholders(model) as self._placeholders, torch.enable_grad():
+        # Autograd is the tracer: without a gradient, layers behind frozen weights go unseen.
+        example = torch.zeros(1, *model.input_shape, device=like.device, dtype=like.dtype, requires_grad=True)
+        with _flags_kept(model), _placeholders(model) as self._placeholders, torch.enable_grad():
             self._graph = tp.DependencyGraph().build_dependency(
-                # The addition is a node after the last layer: where the network's output begins.
-                model, example, verbose=False, output_transform=lambda logits: logits + 0
+                # A tuple, since a tensor would be unpacked into its images. The addition is a node
+                # after the last layer: where the network's output begins.
+                model, (example,), verbose=False, output_transform=lambda logits: logits + 0
             )
             self._names = {module: name for name, module in model.named_modules()}
             self._roots = {}
             self.groups = tuple(
                 self._describe(found)
                 for found in self._graph.get_all_groups()
-                if found[0].dep.target.module not in self._placeholders
+                if _writes(found[0].dep.target.module) and found[0].dep.target.module not in self._placeholders
             )
-        for module, training in flags:  # tracing leaves everything in evaluation mode
-            module.training = training
 
     @property
     def inner(self) -> tuple[ChannelGroup, ...]:
@@ -65,8 +67,11 @@ class ChannelGraph:
 
     def outputs(self, group: ChannelGroup, channels: Sequence[int]) -> dict[str, list[int]]:
         """The output channels of every producer and norm that are these `channels` of the group."""
-        items = self._items(group, channels)
-        return {self._names[dep.target.module]: list(idxs) for dep, idxs in items if self._is_output(dep)}
+        found: dict[str, set[int]] = {}
+        for dep, idxs in self._items(group, channels):
+            if self._is_output(dep):  # one layer may come twice: a norm on channels concatenated twice
+                found.setdefault(self._names[dep.target.module], set()).update(idxs)
+        return {name: sorted(idxs) for name, idxs in found.items()}
 
     def remove(self, group: ChannelGroup, channels: Sequence[int]) -> None:
         """Remove the channels from every layer that writes, normalises or reads them."""
@@ -81,15 +86,45 @@ class ChannelGraph:
         producers, norms, removable = [], [], True
         for dep, _ in found:
             module = dep.target.module
-            if module in self._placeholders or isinstance(module, tp.ops._OutputOp):
-                removable = False
-            elif self._is_output(dep):
-                (norms if isinstance(module, _NormBase) else producers).append(self._names[module])
+            stand_in = module in self._placeholders
+            removable = removable and not stand_in and _removes_exactly(module)
+            if stand_in or not self._is_output(dep):
+                continue
+            if _writes(module):
+                producers.append(self._names[module])
+            elif isinstance(module, _NormBase):
+                norms.append(self._names[module])
         self._roots[producers[0]] = found[0]
         return ChannelGroup(tuple(producers), tuple(norms), len(found[0].idxs), removable)
 
     def _is_output(self, dep) -> bool:
         return dep.target.module in self._names and self._graph.is_out_channel_pruning_fn(dep.handler)
+
+
+def _writes(module: nn.Module) -> bool:
+    """Whether axis 0 of the layer's weight is its output channels."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+
+
+def _removes_exactly(module: nn.Module) -> bool:
+    """Whether a zero channel can leave this layer without changing what the others compute."""
+    if isinstance(module, _ConvNd) and module.groups > 1:
+        return module.groups == module.in_channels == module.out_channels
+    if isinstance(module, tp.ops._OutputOp):
+        return False
+    operation = not isinstance(module, nn.Parameter) and type(module).__module__.startswith("torch_pruning")
+    return operation or _writes(module) or isinstance(module, (_NormBase, nn.PReLU))
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Tracing leaves everything in evaluation mode; afterwards each module has its own mode again."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 @contextmanager

@@ -49,19 +49,11 @@ def load_model(path: Path | str) -> nn.Module:
     Raises UserError: no such file, or not one of ours.
     """
     header, tensors = _read(Path(path))
-    spec = ModelSpec(**header["model"])
-    model = spec.build(**header["shape"])
-    for name, width in header["widths"].items():
-        for attribute, value in width.items():
-            setattr(model.get_submodule(name), attribute, value)
-    for name, stripe in header["stripes"].items():
-        conv = model.get_submodule(name)
-        pattern = tensors[f"{name}.pattern"]
-        layer = StripeConv2d(stripe["in_channels"], pattern, conv.stride, conv.padding, conv.bias is not None)
-        model.set_submodule(name, layer)
-    _resize(model, tensors)
-    model.load_state_dict(tensors)
-    return model.eval()
+    try:
+        return _rebuilt(header, tensors).eval()
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"{path}: its header and its tensors do not make a network ({reason})") from problem
 
 
 def file_bytes(path: Path) -> int:
@@ -76,11 +68,28 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("prune_cli", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as problem:
+    except (SafetensorError, OSError, ValueError) as problem:
         raise UserError(f"{path}: damaged or not a safetensors file ({problem})") from problem
-    if header.get("format") != FORMAT:
-        raise UserError(f"{path}: not written by prune-cli (format {header.get('format')}, expected {FORMAT})")
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: not written by prune-cli (format {found}, expected {FORMAT})")
     return header, tensors
+
+
+def _rebuilt(header: dict, tensors: dict[str, Tensor]) -> nn.Module:
+    """The dense network, the surgery replayed, the tensors filled in."""
+    model = ModelSpec(**header["model"]).build(**header["shape"])
+    for name, width in header["widths"].items():
+        for attribute, value in width.items():
+            setattr(model.get_submodule(name), attribute, value)
+    for name, stripe in header["stripes"].items():
+        conv = model.get_submodule(name)
+        pattern = tensors[f"{name}.pattern"]
+        layer = StripeConv2d(stripe["in_channels"], pattern, conv.stride, conv.padding, conv.bias is not None)
+        model.set_submodule(name, layer)
+    _resize(model, tensors)
+    model.load_state_dict(tensors)
+    return model
 
 
 def _resize(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -57,6 +57,7 @@ class Journal:
             if self._csv.tell() == 0:
                 csv.writer(self._csv).writerow(COLUMNS)
                 self._csv.flush()
+        self._open.enter_context(_handled(log, _Shown(self)))
         return self
 
     def __exit__(self, kind, problem, traceback) -> None:
@@ -124,7 +125,6 @@ class Journal:
     def warn(self, sentence: str) -> None:
         """Show and log what puts the result in doubt."""
         log.warning(sentence)
-        self._print(f"Warning: {sentence}", style="yellow")
 
     def _say(self, sentence: str) -> None:
         log.info(sentence)
@@ -236,15 +236,35 @@ def _log_file(path: Path) -> Iterator[None]:
     """Send our messages, and the warnings of all libraries, to the file `path`."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    root, level = logging.getLogger(), log.level
-    root.addHandler(handler)
+    level = log.level
     log.setLevel(logging.INFO)
+    try:
+        with _handled(logging.getLogger(), handler):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
+def _handled(logger: logging.Logger, handler: logging.Handler) -> Iterator[None]:
+    logger.addHandler(handler)
     try:
         yield
     finally:
-        log.setLevel(level)
-        root.removeHandler(handler)
+        logger.removeHandler(handler)
         handler.close()
+
+
+class _Shown(logging.Handler):
+    """Shows the package's warnings, whichever module they come from."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__(logging.WARNING)
+        self.journal = journal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:  # an error ends the run, which says so itself
+            self.journal._print(f"Warning: {record.getMessage()}", style="yellow")
 
 
 @contextmanager

@@ -37,11 +37,16 @@ class Masks:
 
     @property
     def obtained(self) -> float:
-        """Fraction of the units that is removed."""
+        """Fraction of the units that is removed; 0 where there are none."""
+        if not self.total:
+            return 0.0
         return 1 - sum(int(keep.sum()) for keep in self.keep.values()) / self.total
 
     def of(self, layer: str, weight: Tensor) -> Tensor:
-        """The layer's mask as a bool tensor that broadcasts against `weight`."""
+        """The layer's mask as a bool tensor that broadcasts against `weight`.
+
+        The weight of a linear layer has the axes (O, I) only; its filters are its neurons.
+        """
         axes = [axis for axis in UNIT_AXES[self.unit] if axis < weight.ndim]
         shape = [size if axis in axes else 1 for axis, size in enumerate(weight.shape)]
         return self.keep[layer].to(weight.device).reshape(shape)

@@ -15,26 +15,28 @@ from prune_cli.metrics.latency import measure
 from prune_cli.record import Latency, Record, StageResult
 from prune_cli.report.stages import render
 from prune_cli.stages import Made, Workshop
-from prune_cli.store import Store, canonical, key_of
+from prune_cli.store import Store, canonical, full_disk_explained, key_of
 
 BATCHES = (1, 128)  # batch sizes whose latency is measured
 
 
 def run(experiment: Experiment, run_dir: Path, *, command: str) -> Record:
-    """Run the experiment, write everything to `run_dir`, print the table of stages."""
-    runtime = experiment.runtime
+    """Run the experiment, write everything to `run_dir`, print the table of stages.
+
+    Raises UserError: a device, store or data set that is not to be had, a method that cannot prune
+    this network. StageError: a training that cannot end well, a full disk.
+    """
+    runtime, console = experiment.runtime, Console()
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
-    console = Console()
-    with Journal(run_dir, console) as journal:
+    with full_disk_explained(run_dir, Path(runtime.store)), Journal(run_dir, console) as journal:
         shop = Workshop(experiment, Store(runtime.store), journal)
         write_env(run_dir / "env.json", device=str(shop.device))
         made = _make(shop)
-        latency = _latency(shop, made)
-        record = _record(shop, made, latency, command)
+        record = _record(shop, made, _latency(shop, made), command)
         _keep(shop, run_dir, made, record)
-        store = Path(runtime.store)
-        render(record, console, {"run": run_dir, "checkpoints": run_dir / "checkpoints", "store": store})
+        written = {"run": run_dir, "checkpoints": run_dir / "checkpoints", "store": shop.store.root}
+        render(record, console, written)
     return record
 
 
@@ -53,11 +55,18 @@ def _make(shop: Workshop) -> list[Made]:
 
 
 def _latency(shop: Workshop, made: list[Made]) -> dict[str, tuple[Latency, ...]]:
-    """Measured once per set of artifacts and machine; the control is as fast as what it controls."""
-    timed = [m for m in made if m.stage != "random"]
-    where = fingerprint(machine(str(shop.device)))
+    """Measured once per set of artifacts, machine and duration; the control is as fast as what it
+    controls."""
     seconds = shop.experiment.runtime.latency_seconds
-    settings = {"artifacts": {m.stage: m.artifact.key for m in timed}, "machine": where, "batches": BATCHES}
+    if not seconds:
+        return {}
+    timed = [m for m in made if m.stage != "random"]
+    settings = {
+        "artifacts": {m.stage: m.artifact.key for m in timed},
+        "machine": fingerprint(machine(str(shop.device))),
+        "batches": BATCHES,
+        "seconds": seconds,
+    }
 
     def make(folder: Path, _) -> dict:
         models = {m.stage: shop.trained(m.artifact) for m in timed}

@@ -1,6 +1,10 @@
 """Random seeds that depend on what they are for, not on what ran before."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 
 def derive(seed: int, *purpose: str | int) -> int:
@@ -11,3 +15,12 @@ def derive(seed: int, *purpose: str | int) -> int:
     """
     text = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's random numbers on the CPU and on `device` follow from `seed` inside, and go on
+    outside as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -4,7 +4,6 @@ The floor: no layer loses all of its units. The unit with the highest score of e
 removed; where that changed a selection, the masks carry a note that says so.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -34,25 +33,24 @@ def select_global(scores: Scores, ratio: float, unit: str) -> Masks:
     ranking = torch.where(protected, torch.inf, flat).argsort(stable=True)
     removed = torch.zeros_like(protected)
     removed[ranking[:count]] = True
-    unprotected = flat.argsort(stable=True)[:count]
-    held = protected & torch.zeros_like(protected).index_fill(0, unprotected, True)
-    removed |= (flat == 0) & ~protected
-    parts = (~removed).split([s.numel() for s in scores.values()])
-    held_parts = held.split([s.numel() for s in scores.values()])
-    keep = {layer: part.reshape(scores[layer].shape) for layer, part in zip(scores, parts)}
-    floors = [layer for layer, part in zip(scores, held_parts) if part.any()]
+    dead = flat == 0
+    removed |= dead & ~protected
+    without_floor = dead.index_fill(0, flat.argsort(stable=True)[:count], True)
+    sizes = [s.numel() for s in scores.values()]
+    keep = {layer: part.reshape(scores[layer].shape) for layer, part in zip(scores, (~removed).split(sizes))}
+    floors = [layer for layer, part in zip(scores, without_floor.split(sizes)) if part.all()]
     return Masks(unit, keep, ratio, _floor_note(floors, unit))
 
 
 def select_local(scores: Scores, ratios: Mapping[str, float], unit: str, requested: float) -> Masks:
     """Remove the fraction `ratios[layer]` of each layer's units, the lowest scores first.
 
-    A layer keeps `int(n * (1 - ratio))` units (the authors' rounding, PFEC and SFP), at least one.
+    A layer of n units keeps `int(n * (1 - ratio))`, at least one. That is the expression of the
+    authors' code (PFEC, SFP) with its binary rounding: `int(20 * (1 - 0.9))` is 1, not 2.
     """
     keep, floors = {}, []
     for layer, score in scores.items():
-        # 1e-9: 10 * (1 - 0.9) is 0.99.. in binary and means 1
-        kept = math.floor(score.numel() * (1 - ratios[layer]) + 1e-9)
+        kept = int(score.numel() * (1 - ratios[layer]))
         if kept < 1:
             floors.append(layer)
         best = score.flatten().argsort(descending=True, stable=True)[: max(kept, 1)]

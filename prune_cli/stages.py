@@ -10,9 +10,7 @@ Every artifact holds model.safetensors (self-contained, see `checkpoint`) and it
 accuracy on the test set, read once, when the stage is made.
 """
 
-import logging
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,19 +23,18 @@ from torch import nn
 from prune_cli import surgery
 from prune_cli.checkpoint import load_model, save_model
 from prune_cli.datasets.dataset import Splits
+from prune_cli.errors import UserError
 from prune_cli.experiment import Experiment
 from prune_cli.hooks import TrainingHooks
 from prune_cli.journal import Journal
 from prune_cli.masks import Masks, random_like
 from prune_cli.metrics.accuracy import accuracy
 from prune_cli.metrics.macs import count_macs, count_parameters
-from prune_cli.seeding import derive
+from prune_cli.seeding import derive, seeded
 from prune_cli.settings import FitSettings, Precision
-from prune_cli.store import Artifact, Partial, Store, key_of
+from prune_cli.store import Artifact, Make, Partial, Store, key_of
 from prune_cli.targets import source_hash
-from prune_cli.trainer import History, fit, resolved_precision
-
-log = logging.getLogger(__name__)
+from prune_cli.trainer import fit, resolved_precision, steps_per_epoch
 
 # Raised when a stage computes something else than before under the same settings.
 VERSIONS = {"dense": 1, "sparse": 1, "pruned": 1, "random": 1, "finetuned": 1}
@@ -62,8 +59,11 @@ class Workshop:
 
     @cached_property
     def device(self) -> torch.device:
-        wanted = self.experiment.runtime.device
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+        """Where everything is computed. Raises UserError when it is not there."""
+        wanted, there = self.experiment.runtime.device, torch.cuda.is_available()
+        if wanted == "cuda" and not there:
+            raise UserError("runtime.device=cuda: torch finds no CUDA device here; auto and cpu run without one")
+        return torch.device(("cuda" if there else "cpu") if wanted == "auto" else wanted)
 
     @cached_property
     def splits(self) -> Splits:
@@ -82,9 +82,8 @@ class Workshop:
         """The settings that every stage's result depends on."""
         experiment = self.experiment
         return {
-            "model": asdict(experiment.model),
-            "model_source": source_hash(experiment.model.target),
-            "dataset": asdict(experiment.dataset),
+            "model": asdict(experiment.model) | {"source": source_hash(experiment.model.target)},
+            "dataset": experiment.dataset.settings(),
             "content": experiment.dataset.fingerprint(Path(experiment.runtime.data_root)),
             "validation": experiment.recipe.validation,
             "limit": experiment.recipe.limit,
@@ -94,9 +93,8 @@ class Workshop:
 
     def untrained(self) -> nn.Module:
         """The network at initialisation, the same for every method and stage of this seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(self.experiment.seed, "initialisation"))
-            splits = self.splits
+        splits = self.splits
+        with seeded(derive(self.experiment.seed, "initialisation"), torch.device("cpu")):
             model = self.experiment.model.build(splits.channels, splits.resolution, splits.classes)
         return model.to(self.device)
 
@@ -152,11 +150,11 @@ def prune(shop: Workshop, source: Made) -> Made:
     def make(folder: Path, _: Partial) -> Mapping[str, Any]:
         model = shop.source(source)
         masks = method.prune(model, ratio)
-        result = _cut_into(shop, folder, method.compensate(model, masks), masks)
-        _picture(shop, model, masks)
-        return result
+        return _cut_into(shop, folder, method.compensate(model, masks), masks)
 
-    return _produced(shop, "pruned", settings, make, parent=source.artifact.key)
+    pruned = _produced(shop, "pruned", settings, make, parent=source.artifact.key)
+    _picture(shop, source, pruned)
+    return pruned
 
 
 def prune_at_random(shop: Workshop, source: Made, pruned: Made) -> Made:
@@ -180,12 +178,14 @@ def finetune(shop: Workshop, pruned: Made) -> Made:
 
 
 def _fit_stage(
-    shop: Workshop, stage: str, start, settings: FitSettings, hooks: TrainingHooks,
+    shop: Workshop, stage: str, start: Callable[[], nn.Module], settings: FitSettings, hooks: TrainingHooks,
     further: Mapping[str, Any], parent: str | None = None,
 ) -> Made:
+    """Train what `start` gives. `further`: settings of the key besides those of every training."""
+
     def make(folder: Path, partial: Partial) -> Mapping[str, Any]:
         model = start()
-        steps = -(-len(shop.splits.train) // settings.batch_size)
+        steps = steps_per_epoch(len(shop.splits.train), settings.batch_size)
         with shop.journal.stage(stage, settings.epochs, steps) as monitor:
             history = fit(
                 model, shop.splits, settings, hooks, precision=shop.precision, seed=shop.experiment.seed,
@@ -198,6 +198,7 @@ def _fit_stage(
 
 
 def _cut_into(shop: Workshop, folder: Path, model: nn.Module, masks: Masks) -> dict[str, Any]:
+    """Cut, verify, and save the network with the masks that made it and those it has to keep."""
     small = surgery.cut(model, masks)
     surgery.verify(surgery.mask(model, masks), small)
     masks.save(folder / "masks.safetensors")
@@ -222,25 +223,28 @@ def _describe(shop: Workshop, folder: Path, model: nn.Module, evaluated: nn.Modu
     }
 
 
-def _produced(shop: Workshop, stage: str, settings: Mapping[str, Any], make, parent: str | None = None) -> Made:
+def _produced(shop: Workshop, stage: str, settings: Mapping[str, Any], make: Make, parent: str | None = None) -> Made:
+    """The stage from the store, or made now, with random numbers that are its own."""
+
+    def seeded_make(folder: Path, partial: Partial) -> Mapping[str, Any]:
+        with seeded(derive(shop.experiment.seed, stage), shop.device):
+            result = make(folder, partial)
+        return {**result, "seconds": partial.seconds}
+
     key = key_of(stage, VERSIONS[stage], settings, parent)
-
-    def timed(folder: Path, partial: Partial) -> Mapping[str, Any]:
-        began = time.perf_counter()
-        result = make(folder, partial)
-        return {**result, "seconds": time.perf_counter() - began}
-
-    artifact, cached = shop.store.produce(stage, key, settings, timed)
+    artifact, cached = shop.store.produce(stage, key, settings, seeded_make)
     if cached:
-        history: History = artifact.result.get("history", [])
-        shop.journal.replay(stage, history)
+        shop.journal.replay(stage, artifact.result.get("history", []))
     return Made(stage, artifact, cached)
 
 
-def _picture(shop: Workshop, model: nn.Module, masks: Masks) -> None:
-    """Skeletons before and after, and how much of every layer went."""
-    before = {layer: t for layer, t in shop.experiment.method.watch(model).items() if t.ndim == 3}
-    after = {layer: keep for layer, keep in masks.keep.items() if keep.ndim == 3}
-    shop.journal.skeletons("sparse", before)
-    shop.journal.skeletons("pruned", after)
-    shop.journal.layer_sparsity("pruned", {n: 1 - float(keep.float().mean()) for n, keep in masks.keep.items()})
+def _picture(shop: Workshop, source: Made, pruned: Made) -> None:
+    """Skeletons before and after, and how much of every layer went: in every run's folder, whether
+    the stages were made now or came from the store."""
+    watched = shop.experiment.method.watch(shop.source(source))
+    keep = Masks.load(pruned.artifact.file("masks.safetensors")).keep
+    shop.journal.skeletons(source.stage, {layer: t for layer, t in watched.items() if t.ndim == 3})
+    shop.journal.skeletons("pruned", {layer: t for layer, t in keep.items() if t.ndim == 3})
+    shop.journal.layer_sparsity("pruned", {layer: 1 - float(t.float().mean()) for layer, t in keep.items()})
+    if source.cached:  # while it trained, every epoch was logged
+        shop.journal.histograms(source.stage, len(source.artifact.result.get("history", [])), watched)

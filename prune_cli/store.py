@@ -3,32 +3,40 @@
     store/<stage>/<key>/            a finished artifact: files and manifest.json
     store/<stage>/<key>.partial     the last finished epoch of a training run in progress
     store/<stage>/<key>.lock        held by the one job that is making the artifact
+    store/<stage>/<key>.tmp/        what that job has written so far
     store/<stage>/<key>.damaged-N/  set aside: its files are not what its manifest says
 
 The key is a hash of everything that decides the result, the parent's key among it. Finished means
 renamed: an artifact is written aside and moved into place, so what exists is complete.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prune_cli.errors import StageError, UserError
+
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, RESULT = "manifest.json", "result.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers of a disk without room
+
+Make = Callable[[Path, "Partial"], Mapping[str, Any]]  # fills a folder, returns the result
 
 
 def canonical(settings: Any) -> Any:
@@ -66,47 +74,81 @@ class Store:
     """The folder of artifacts."""
 
     def __init__(self, root: Path | str) -> None:
+        """Raises UserError when `root` can be no folder."""
         self.root = Path(root)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise UserError(f"runtime.store={root}: cannot be made a folder ({problem.strerror})") from problem
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The finished artifact, verified; a damaged one is set aside and None is returned."""
-        path = self.root / stage / key
-        if not path.exists():
+        """The finished artifact, every file checked against its manifest; None when there is none
+        or it is damaged."""
+        path = self._path(stage, key)
+        if not path.exists() or _problem(path, stage, key):
             return None
-        problem = _problem(path, stage, key)
-        if problem is None:
-            return Artifact(key, path, json.loads((path / "result.json").read_text()))
-        aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"{key}.damaged-{n}")).exists())
-        path.rename(aside)
-        log.warning("%s: %s; set aside as %s, made again", path, problem, aside.name)
-        return None
+        return _artifact(path)
 
-    def produce(self, stage: str, key: str, settings: Any, make: "Callable[[Path, Partial], Mapping]") -> tuple[Artifact, bool]:
-        """The artifact, and whether it was there already; otherwise `make(folder, partial)` fills a
-        folder with its files and returns its result. One job at a time makes it, others wait."""
+    def produce(self, stage: str, key: str, settings: Any, make: Make) -> tuple[Artifact, bool]:
+        """The artifact, and whether it was there already.
+
+        Otherwise `make(folder, partial)` fills a folder with files and returns the result. One job
+        at a time makes an artifact; the others wait and take it. Whatever `make` raises, the store
+        holds no trace of the attempt but its partial.
+        """
         if artifact := self.find(stage, key):
             return artifact, True
-        (self.root / stage).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / stage / f"{key}.lock")
+        with self._locked(stage, key):
+            if artifact := self.find(stage, key):  # the job that we waited for has made it
+                return artifact, True
+            self._set_aside(stage, key)
+            return self._make(stage, key, settings, make), False
+
+    def _make(self, stage: str, key: str, settings: Any, make: Make) -> Artifact:
+        path = self._path(stage, key)
+        partial = Partial(path.with_name(f"{key}.partial"))
+        folder = path.with_name(f"{key}.tmp")
+        shutil.rmtree(folder, ignore_errors=True)  # of a job that was killed
+        folder.mkdir()
+        try:
+            result = make(folder, partial)
+            _write_json(folder / RESULT, result)
+            _write_json(folder / MANIFEST, _manifest(folder, stage, key, settings))
+            folder.rename(path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        partial.remove()
+        return _artifact(path)
+
+    def _path(self, stage: str, key: str) -> Path:
+        return self.root / stage / key
+
+    @contextmanager
+    def _locked(self, stage: str, key: str) -> Iterator[None]:
+        """Hold the artifact's lock. The system releases it when this process dies, however it does."""
+        path = self._path(stage, key).with_name(f"{key}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("%s is being made by another job; waiting for it", stage)
+            log.warning("%s is being made by another job; waiting for it", stage)
             lock.acquire()
-        with lock:
-            if artifact := self.find(stage, key):  # the job we waited for has made it
-                return artifact, True
-            partial = Partial(self.root / stage / f"{key}.partial")
-            folder = Path(tempfile.mkdtemp(prefix=f"{key}.tmp-", dir=self.root / stage))
-            try:
-                result = make(folder, partial)
-                _write_json(folder / "result.json", result)
-                _write_json(folder / MANIFEST, _manifest(folder, stage, key, settings))
-                folder.rename(self.root / stage / key)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            partial.remove()
-        return Artifact(key, self.root / stage / key, json.loads((self.root / stage / key / "result.json").read_text())), False
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _set_aside(self, stage: str, key: str) -> None:
+        """Move what cannot be used out of the way. Only under the lock: without it, the folder that
+        was found damaged could by now be the one that another job has made anew."""
+        path = self._path(stage, key)
+        if not path.exists():
+            return
+        problem = _problem(path, stage, key)
+        names = (path.with_name(f"{key}.damaged-{n}") for n in count(1))
+        aside = path.rename(next(name for name in names if not name.exists()))
+        log.warning("%s: %s; set aside as %s and made again", path, problem, aside.name)
 
 
 class Partial:
@@ -114,14 +156,24 @@ class Partial:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._began, self._earlier = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time spent since this object was made, and before what was loaded into it was saved."""
+        return self._earlier + time.perf_counter() - self._began
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write a nested mapping of tensors and JSON values."""
+        """Write a nested mapping of tensors and JSON values. A full disk leaves what was saved
+        before as it is."""
         tensors: dict[str, Tensor] = {}
-        plain = _take_tensors(state, tensors)
+        header = {"state": json.dumps(_take_tensors(state, tensors)), "seconds": json.dumps(self.seconds)}
         new = self.path.with_name(self.path.name + ".new")
-        save_file(tensors, new, metadata={"state": json.dumps(plain)})
-        os.replace(new, self.path)
+        try:
+            save_file(tensors, new, metadata=header)
+            os.replace(new, self.path)
+        finally:
+            new.unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
         """What was saved last, or None; a damaged file counts as none and is removed."""
@@ -130,15 +182,39 @@ class Partial:
         try:
             with safe_open(self.path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-                return _put_tensors(json.loads(file.metadata()["state"]), tensors)
+                header = file.metadata()
+            state = _put_tensors(json.loads(header["state"]), tensors)
+            self._earlier = float(json.loads(header["seconds"]))
         except (SafetensorError, KeyError, TypeError, ValueError) as problem:
             log.warning("%s is damaged (%s); this stage starts again", self.path, problem)
             self.remove()
             return None
+        return state
 
     def remove(self) -> None:
         """Forget it."""
         self.path.unlink(missing_ok=True)
+        self.path.with_name(self.path.name + ".new").unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_explained(*folders: Path) -> Iterator[None]:
+    """A disk that is full, or a quota used up, while writing to `folders` becomes one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as problem:
+        number = getattr(problem, "errno", None)
+        if number not in FULL and not any(f"(os error {n})" in str(problem) for n in FULL):
+            raise
+        listed = " and ".join(map(str, folders))
+        raise StageError(
+            f"There is no space left to write to {listed}; nothing finished is lost: make room, and the "
+            "same command resumes from the last finished epoch"
+        ) from problem
+
+
+def _artifact(path: Path) -> Artifact:
+    return Artifact(path.name, path, json.loads((path / RESULT).read_text()))
 
 
 def _problem(path: Path, stage: str, key: str) -> str | None:
@@ -147,6 +223,8 @@ def _problem(path: Path, stage: str, key: str) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
         if (manifest["stage"], manifest["key"]) != (stage, key):
             return f"foreign: it says it is {manifest['stage']}/{manifest['key']}"
+        if RESULT not in manifest["files"]:
+            return f"damaged: its manifest does not list {RESULT}"
         for name, digest in manifest["files"].items():
             if not (path / name).is_file():
                 return f"damaged: {name} is missing"

@@ -21,9 +21,16 @@ def resolve(target: str):
 
 
 def source_hash(target: str) -> str | None:
-    """SHA-256 (16 digits) of the source file that defines `target`; None for our own code, which
-    is versioned. So a result made with a user's own network is not found again after an edit."""
+    """SHA-256 (16 digits) of the source file that defines what `target` names; None for our own
+    code, which is versioned, and for what has no source. So a result made with a user's own network
+    is not found again after an edit; what that file imports is not followed."""
     if target.startswith("prune_cli."):
         return None
-    source = inspect.getsourcefile(resolve(target))
+    found = resolve(target)
+    if not (inspect.isclass(found) or inspect.isroutine(found)):
+        found = importlib.import_module(target.rpartition(".")[0])
+    try:
+        source = inspect.getsourcefile(found)
+    except TypeError:  # built in
+        return None
     return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16] if source else None

@@ -12,7 +12,7 @@ from prune_cli.datasets.dataset import Splits
 from prune_cli.errors import StageError
 from prune_cli.hooks import Progress, TrainingHooks
 from prune_cli.metrics.accuracy import accuracy
-from prune_cli.seeding import derive
+from prune_cli.seeding import derive, seeded
 from prune_cli.settings import FitSettings, Precision
 
 History = list[dict[str, float]]
@@ -30,7 +30,7 @@ class Checkpoint(Protocol):
 
 
 class Monitor(Protocol):
-    """Who is told how it goes (`journal.StageLog`)."""
+    """Who is told how it goes (`journal.StageJournal`)."""
 
     def resumed(self, history: History) -> None: ...
 
@@ -54,24 +54,24 @@ def fit(
 ) -> History:
     """Train `model` in place and return one row of figures per epoch.
 
-    The order of the hooks is drawn in `TrainingHooks`. Every epoch takes its randomness from
-    (seed, stage, epoch) and ends in `checkpoint`, so a run that is killed and started again ends
-    with the same weights, bit for bit. Nothing in the loop waits for the device.
+    The order of the hooks is drawn in `TrainingHooks`. Every epoch takes its randomness (order of
+    the images, augmentation, dropout, hooks) from (seed, stage, epoch) and ends in `checkpoint`, so
+    a run that is killed and started again ends with the same weights, bit for bit. Nothing in the
+    loop waits for the device.
 
-    Raises StageError: the loss is not finite, or the accuracy collapsed to chance.
+    Raises StageError: the loss or a weight is not finite, or the accuracy collapsed to chance.
     """
     run = _Run(model, splits, settings, precision)
-    run.resume(checkpoint)
-    if run.history:
+    if run.resume(checkpoint):
         monitor.resumed(run.history)
     else:
-        hooks.before_fit(model, run.progress())
+        with seeded(derive(seed, stage, "before_fit"), run.device):
+            hooks.before_fit(model, run.progress())
     while len(run.history) < settings.epochs:
         epoch_seed = derive(seed, stage, len(run.history))
-        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-            torch.manual_seed(epoch_seed)  # dropout and the like
+        with seeded(epoch_seed, run.device):
             figures = _train_epoch(run, hooks, epoch_seed, monitor)
-        hooks.after_epoch(model, run.progress())
+            hooks.after_epoch(model, run.progress())
         if splits.validation is not None:
             figures["validation"] = accuracy(model, splits.validation)
         run.history.append(figures)
@@ -85,8 +85,8 @@ def _train_epoch(run: "_Run", hooks: TrainingHooks, seed: int, monitor: Monitor)
     model, optimizer, tally = run.model, run.optimizer, _Tally()
     model.train()
     for x, y in run.splits.train.batches(run.settings.batch_size, seed=seed):
-        if len(x) == 1 and run.steps_per_epoch > 1:
-            continue  # batch norm cannot normalise a single image
+        if run.leaves_out(x):
+            continue
         progress = run.progress()
         rate = run.set_learning_rate()
         with run.autocast():
@@ -114,13 +114,15 @@ class _Run:
         self.layout = torch.channels_last if convolves else torch.contiguous_format
         model.to(memory_format=self.layout)
         self.precision = precision
-        full, rest = divmod(len(splits.train), settings.batch_size)
-        self.steps_per_epoch = max(1, full + (rest > 1))
-        self.steps = self.steps_per_epoch * settings.epochs
+        self.steps = steps_per_epoch(len(splits.train), settings.batch_size) * settings.epochs
         self.travel = sum(learning_rate(settings, s, self.steps) for s in range(self.steps)) / (1 - settings.momentum)
         self.optimizer = _optimizer(model, settings)
         self.step = 0
         self.history: History = []
+
+    def leaves_out(self, x: Tensor) -> bool:
+        """Whether the batch is a last one of a single image, which batch norm cannot normalise."""
+        return len(x) == 1 < min(self.settings.batch_size, len(self.splits.train))
 
     def progress(self) -> Progress:
         epoch, settings = len(self.history), self.settings
@@ -144,10 +146,11 @@ class _Run:
             "threads": torch.get_num_threads(),
         }
 
-    def resume(self, checkpoint: Checkpoint) -> None:
+    def resume(self, checkpoint: Checkpoint) -> bool:
+        """Go back to where `checkpoint` stands, if it holds anything."""
         state = checkpoint.load()
         if state is None:
-            return
+            return False
         # Sums are split by thread: another count would round differently.
         torch.set_num_threads(state["threads"])
         self.model.load_state_dict(state["model"])  # copies into tensors that keep their layout
@@ -158,6 +161,13 @@ class _Run:
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     slots[name] = torch.empty_like(parameter).copy_(value)
         self.step, self.history = state["step"], state["history"]
+        return True
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Optimizer steps in an epoch; a last batch of one image is left out."""
+    full, rest = divmod(images, batch_size)
+    return max(1, full + (rest > 1))
 
 
 def learning_rate(settings: FitSettings, step: int, steps: int) -> float:
@@ -234,12 +244,14 @@ class _Tally:
 def _check_alive(run: _Run, stage: str, classes: int) -> None:
     """Stop a run that cannot end well, saying which layer looks how."""
     last, epoch = run.history[-1], len(run.history)
-    if not math.isfinite(last["loss"]):
-        raise StageError(f"{stage}, epoch {epoch}: the loss is {last['loss']}; {_layer_statistics(run.model)}")
+    if not math.isfinite(last["loss"]) or not all(t.isfinite().all() for t in run.model.state_dict().values()):
+        raise StageError(f"{stage}, epoch {epoch}: the loss is {last['loss']:.3g}; {_layer_statistics(run.model)}")
     # Far above chance once, at chance for two epochs now: nothing comes back from that.
     chance = 1 / classes
+    far = min(3 * chance, (1 + chance) / 2)  # few classes: half the way from chance to one
+    near = min(1.25 * chance, chance + 0.03 * (1 - chance))
     curve = [figures["accuracy"] for figures in run.history]
-    if max(curve) > 3 * chance and len(curve) > 2 and max(curve[-2:]) < 1.25 * chance:
+    if max(curve) > far and max(curve[-2:]) < near:
         raise StageError(
             f"{stage}, epoch {epoch}: the accuracy collapsed from {max(curve):.1%} to chance "
             f"({curve[-1]:.1%}); {_layer_statistics(run.model)}"
@@ -247,10 +259,10 @@ def _check_alive(run: _Run, stage: str, classes: int) -> None:
 
 
 def _layer_statistics(model: nn.Module) -> str:
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            return f"the first of its tensors that is not finite is {name}"
     parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if not parameter.isfinite().all():
-            return f"the first parameter that is not finite is {name}"
     name = max(parameters, key=lambda n: float(parameters[n].detach().abs().max()))
     emptiest = max(parameters, key=lambda n: float((parameters[n] == 0).float().mean()))
     zeros = float((parameters[emptiest] == 0).float().mean())

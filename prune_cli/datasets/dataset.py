@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from prune_cli.targets import source_hash
 
 
 class Split(Protocol):
@@ -56,6 +58,12 @@ class Dataset(ABC):
         Raises UserError: data missing and not to be had, saying what, where it was looked for and
         how to get it.
         """
+
+    def settings(self) -> dict[str, Any]:
+        """The data set's identity and what it does with its content; part of every result's key.
+        Where the files lie is not."""
+        target = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"target": target, "source": source_hash(target), **asdict(self)}
 
     def fingerprint(self, data_root: Path) -> str:
         """Identifies the content; part of every result's key. The name suffices for data sets

@@ -7,7 +7,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ class ImageFolder(InMemoryDataset):
             stored = [self._decoded(files, shape) for files in parts]
             _keep(cache, stored)
         return Images(stored[0], train.labels), Images(stored[1], test.labels)
+
+    def settings(self) -> dict[str, Any]:
+        """All but where the images lie: they may be moved."""
+        return {name: value for name, value in super().settings().items() if name != "path"}
 
     def fingerprint(self, data_root: Path) -> str:
         """Hash of the names and sizes of all files: a file edited to the same size goes unnoticed."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -133,6 +134,10 @@ class StreamedFolder(Dataset):
             resolution=self.resolution,
             classes=len(train.classes),
         )
+
+    def settings(self) -> dict[str, Any]:
+        """All but where the images lie: they may be moved."""
+        return {name: value for name, value in super().settings().items() if name != "path"}
 
     def fingerprint(self, data_root: Path) -> str:
         """Hash of the names and sizes of all files: a file edited to the same size goes unnoticed."""

@@ -35,16 +35,18 @@ def stripe_conv2d(
 ) -> Tensor:
     """(N, C, H, W) and (S, C) to (N, O, H', W'): one matrix product per kernel position.
 
-    stripes are ordered by (i, j, o). Sums are float32 for half-precision inputs.
+    stripes are ordered by (i, j, o). For half-precision inputs the products of one position are
+    rounded to the input's type, and their sum over the positions is float32.
     """
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     height = (x.shape[2] - pattern.height) // stride[0] + 1
     width = (x.shape[3] - pattern.width) // stride[1] + 1
-    y = torch.zeros(x.shape[0], pattern.filters, height, width, device=x.device, dtype=torch.float32)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    y = torch.zeros(x.shape[0], pattern.filters, height, width, device=x.device, dtype=exact)
     if bias is not None:
-        y += bias.float().view(-1, 1, 1)
+        y += bias.to(exact).view(-1, 1, 1)
     for i, j, filters, first, last in pattern.positions:
         window = x[:, :, i : i + (height - 1) * stride[0] + 1 : stride[0], j : j + (width - 1) * stride[1] + 1 : stride[1]]
         part = torch.matmul(stripes[first:last].to(x.dtype), window.flatten(2))
-        y.index_add_(1, filters, part.view(-1, last - first, height, width).float())
+        y.index_add_(1, filters, part.view(-1, last - first, height, width).to(exact))
     return y.to(x.dtype)

@@ -11,19 +11,23 @@ class SkeletonConv2d(nn.Conv2d):
     weight    (O, I, K, K)
     skeleton  (O, K, K) parameter, one at the start
     alive     (O, K, K) bool buffer; a stripe that has died never comes back
-    norm      name of the batch norm whose channels die with the filters, or None
+    norms     names of the batch norms whose channel o dies with filter o, as the layer's own bias
+              then does; None where other layers write the same channels, which outlive the filter
 
     "Pruning Filter in Filter" (Meng et al., NeurIPS 2020), equation 1.
     """
 
-    norm: str | None = None
+    norms: tuple[str, ...] | None = None
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> "SkeletonConv2d":
-        """Takes over the settings and the weights of `conv` (not a copy of them)."""
+        """Takes over the settings and the weights of `conv` (not a copy of them).
+
+        Padding must be with zeros, groups must be 1.
+        """
         layer = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-            conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode, device="meta",
+            conv.dilation, bias=conv.bias is not None, device="meta",
         )
         layer.weight, layer.bias = conv.weight, conv.bias
         layer.skeleton = nn.Parameter(conv.weight.new_ones(conv.out_channels, *conv.kernel_size))
@@ -42,7 +46,7 @@ class SkeletonConv2d(nn.Conv2d):
         """The same function as an ordinary Conv2d: the skeleton is merged into the weight."""
         conv = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-            self.dilation, bias=self.bias is not None, device=self.weight.device,
+            self.dilation, bias=self.bias is not None, device=self.weight.device, dtype=self.weight.dtype,
         )
         conv.weight.copy_(self.scaled_weight())
         if self.bias is not None:

@@ -17,27 +17,28 @@ class StripeConv2d(nn.Module):
     pattern  (O, K, K) bool buffer, True where a stripe survives
 
     There is nothing to hold at zero while training: a removed stripe has no parameter. Training
-    scatters the stripes into a dense weight and convolves; inference goes through the stripe-wise
-    kernels, which compute surviving stripes only.
+    scatters the stripes into a dense weight and convolves, and so does whatever else wants a
+    gradient; inference goes through the stripe-wise kernels, which compute surviving stripes only.
     """
 
     def __init__(
-        self, in_channels: int, pattern: Tensor, stride: tuple[int, int], padding: tuple[int, int], bias: bool
+        self, in_channels: int, pattern: Tensor, stride: tuple[int, int], padding: tuple[int, int] | str, bias: bool
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, pattern.shape[0]
-        self.stride, self.padding = tuple(stride), tuple(padding)
+        self.stride, self.padding = tuple(stride), _in_pixels(padding, pattern.shape[1:])
         self.stripes = nn.Parameter(torch.empty(int(pattern.sum()), in_channels))
         self.bias = nn.Parameter(torch.empty(self.out_channels)) if bias else None
         self.register_buffer("pattern", pattern.bool())
         self._plan: StripePattern | None = None
+        self.register_load_state_dict_post_hook(_forget_plan)
 
     @classmethod
     @torch.no_grad()
     def from_conv(cls, conv: nn.Conv2d, pattern: Tensor) -> "StripeConv2d":
-        """The stripes of `conv` at `pattern` (O, K, K); groups and dilation must be 1."""
+        """The stripes of `conv` at `pattern` (O, K, K); groups and dilation must be 1, padding zeros."""
         layer = cls(conv.in_channels, pattern, conv.stride, conv.padding, conv.bias is not None)
-        layer = layer.to(conv.weight.device).train(conv.training)
+        layer = layer.to(conv.weight.device, conv.weight.dtype).train(conv.training)
         layer.stripes.copy_(conv.weight.permute(2, 3, 0, 1)[layer.pattern.permute(1, 2, 0)])
         if conv.bias is not None:
             layer.bias.copy_(conv.bias)
@@ -51,11 +52,15 @@ class StripeConv2d(nn.Module):
         return dense.permute(2, 3, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled():
+        if self.training or self._needs_gradient(x):
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         if self._plan is None or self._plan.device != x.device:
             self._plan = StripePattern(self.pattern.to(x.device))
         return stripe_conv2d(x, self.stripes, self._plan, self.bias, self.stride, self.padding)
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        tensors = (x, *self.parameters())
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def macs(self, output: Tensor) -> int:
         """Multiply-adds of one image whose output is (N, O, H, W)."""
@@ -67,3 +72,15 @@ class StripeConv2d(nn.Module):
     def extra_repr(self) -> str:
         alive, total = len(self.stripes), self.pattern.numel()
         return f"{self.in_channels}, {self.out_channels}, stripes={alive}/{total}, stride={self.stride}"
+
+
+def _in_pixels(padding: tuple[int, int] | str, kernel: torch.Size) -> tuple[int, int]:
+    """The padding on either side; nn.Conv2d also has the words "valid" and "same" (odd kernels here)."""
+    if isinstance(padding, str):
+        return tuple(size // 2 if padding == "same" else 0 for size in kernel)
+    return tuple(padding)
+
+
+def _forget_plan(layer: StripeConv2d, _) -> None:
+    """A loaded pattern may be another one than the plan was made for."""
+    layer._plan = None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from prune_cli.channels import ChannelGraph
@@ -46,7 +47,8 @@ class FilterPruning(PruningMethod):
             return select_local(scores, ratios, self.unit, requested)
         if self.scope == "local":
             return select_local(scores, dict.fromkeys(scores, ratio), self.unit, ratio)
-        return select_global({name: s / s.mean() for name, s in scores.items()}, ratio, self.unit)
+        tiny = torch.finfo(torch.float32).tiny  # a layer of zeros has scores of zero, not 0 / 0
+        return select_global({name: s / s.mean().clamp_min(tiny) for name, s in scores.items()}, ratio, self.unit)
 
     def _score(self, weight: Tensor) -> Tensor:
         if self.criterion == "geometric_median":

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from prune_cli.channels import ChannelGraph
+from prune_cli.channels import ChannelGraph, ChannelGroup
 from prune_cli.errors import UserError
 from prune_cli.hooks import Progress
 from prune_cli.layers.skeleton import SkeletonConv2d
@@ -47,14 +47,14 @@ class StripePruning(PruningMethod):
     def prepare(self, model: nn.Module) -> nn.Module:
         model = super().prepare(model)
         graph = ChannelGraph(model)
-        norms = {g.producers[0]: g.norms[0] for g in graph.inner if g.norms}
+        norms = {group.producers[0]: _own_norms(model, group) for group in graph.inner}
         for name, module in list(model.named_modules()):
             if _has_stripes(module):
                 layer = SkeletonConv2d.from_conv(module)
-                layer.norm = norms.get(name)
+                layer.norms = norms.get(name)
                 model.set_submodule(name, layer)
         if not _skeletons(model):
-            raise UserError("method=stripe: the model has no convolution larger than 1x1 (without groups and dilation)")
+            raise UserError("method=stripe: the model has no convolution larger than 1x1 (without groups and dilation, padded with zeros)")
         if self.train == "skeleton":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = name.endswith(".skeleton")
@@ -77,14 +77,13 @@ class StripePruning(PruningMethod):
     @torch.no_grad()
     def after_step(self, model: nn.Module, progress: Progress) -> None:
         for layer in _skeletons(model).values():
-            strength = layer.skeleton.abs() * layer.alive
+            strength = layer.skeleton.abs().where(layer.alive, -1.0)
             # The layer's strongest stripe stays: an empty layer would end the network.
             layer.alive.copy_((strength > self.threshold) | keep_best(strength))
             layer.skeleton.mul_(layer.alive)
-            if layer.norm is not None:
-                norm, live = model.get_submodule(layer.norm), layer.alive.flatten(1).any(1)
-                norm.weight.mul_(live)
-                norm.bias.mul_(live)
+            live = layer.alive.flatten(1).any(1)
+            for constant in _constants(model, layer):
+                constant.mul_(live)
 
     def prune(self, model: nn.Module, ratio: float) -> Masks:
         scores = self.watch(model)
@@ -107,7 +106,24 @@ class StripePruning(PruningMethod):
 def _has_stripes(module: nn.Module) -> bool:
     if not isinstance(module, nn.Conv2d):
         return False
+    asymmetric = module.padding == "same" and any(size % 2 == 0 for size in module.kernel_size)
+    if module.padding_mode != "zeros" or asymmetric:
+        return False
     return math.prod(module.kernel_size) > 1 and module.groups == 1 and module.dilation == (1, 1)
+
+
+def _own_norms(model: nn.Module, group: ChannelGroup) -> tuple[str, ...]:
+    """The norms on the group's channels alone, not those behind a concatenation."""
+    return tuple(name for name in group.norms if model.get_submodule(name).num_features == group.width)
+
+
+def _constants(model: nn.Module, layer: SkeletonConv2d) -> list[Tensor]:
+    """(O,) parameters through which a dead filter would still emit a constant."""
+    if layer.norms is None:
+        return []
+    norms = [model.get_submodule(name) for name in layer.norms]
+    parameters = [layer.bias, *(p for norm in norms for p in (norm.weight, norm.bias))]
+    return [parameter for parameter in parameters if parameter is not None]
 
 
 def _skeletons(model: nn.Module) -> dict[str, SkeletonConv2d]:

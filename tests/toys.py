@@ -1,0 +1,108 @@
+"""Small networks with one difficulty each, built as a user's own module is: (channels, resolution, classes)."""
+
+import torch
+from tiny import randomise
+from torch import Tensor, nn
+
+from prune_cli.masks import Masks
+from prune_cli.models.spec import ModelSpec
+
+
+class Kernels(nn.Module):
+    """5x5, strided, 1x1 and unpadded convolutions, with and without bias; a norm without weights."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(channels, 7, 5, stride=2, padding=2)
+        self.norm = nn.BatchNorm2d(7, affine=False)
+        self.point = nn.Conv2d(7, 6, 1, bias=False)
+        self.act = nn.PReLU(6)
+        self.bare = nn.Conv2d(6, 5, (3, 2), padding="valid")
+        self.same = nn.Conv2d(5, 9, 3, padding="same")
+        self.fc = nn.Linear(9, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.point(torch.relu(self.norm(self.wide(x)))))
+        return self.fc(torch.relu(self.same(torch.relu(self.bare(x)))).mean((2, 3)))
+
+
+class Concat(nn.Module):
+    """Two branches side by side, one of them twice, under one batch norm."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(channels, 4, 3, padding=1)
+        self.right = nn.Conv2d(channels, 5, 3, padding=1)
+        self.bn = nn.BatchNorm2d(13)
+        self.next = nn.Conv2d(13, 6, 3)
+        self.fc = nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left(x)
+        x = torch.relu(self.bn(torch.cat([left, self.right(x), left], 1)))
+        return self.fc(torch.relu(self.next(x)).mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A 1x1 convolution before one with groups; `groups=6` is depthwise."""
+
+    def __init__(self, channels: int, resolution: int, classes: int, groups: int) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(channels, 6, 1)
+        self.spread = nn.Conv2d(6, 6, 3, padding=1, groups=groups)
+        self.bn = nn.BatchNorm2d(6)
+        self.project = nn.Conv2d(6, 8, 3)
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.spread(self.expand(x))))
+        return self.fc(torch.relu(self.project(x)).mean((2, 3)))
+
+
+class GroupNormed(nn.Module):
+    """A norm whose statistics mix channels, so that none of them can go unnoticed."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 6, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 6)
+        self.next = nn.Conv2d(6, 5, 3)
+        self.fc = nn.Linear(5, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.next(torch.relu(self.norm(self.conv(x))))).mean((2, 3)))
+
+
+class BiasedSum(nn.Module):
+    """A residual sum of convolutions with biases and no norm."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 6, 3, padding=1)
+        self.inner = nn.Conv2d(6, 7, 3, padding=1)
+        self.outer = nn.Conv2d(7, 6, 3, padding=1)
+        self.fc = nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.fc((x + self.outer(torch.relu(self.inner(x)))).mean((2, 3)))
+
+
+def network(target: str, channels: int = 3, resolution: int = 8, classes: int = 4, **arguments) -> nn.Module:
+    """A network of tests or of prune_cli.models, every constant of it random, in evaluation mode."""
+    torch.manual_seed(0)
+    spec = ModelSpec("toy", target, arguments)
+    return randomise(spec.build(channels, resolution, classes)).eval()
+
+
+def random_masks(model: nn.Module, unit: str, kept: float, seed: int = 0, only: tuple[str, ...] = ()) -> Masks:
+    """Of every convolution (or of `only` these layers) a random fraction is kept, at least one unit."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = {}
+    for name, module in model.named_modules():
+        if name in only or (not only and isinstance(module, nn.Conv2d) and module.groups == 1):
+            weight = module.weight
+            shape = (len(weight), *weight.shape[2:]) if unit == "stripe" else (len(weight),)
+            keep[name] = torch.rand(shape, generator=generator) < kept
+            keep[name].view(-1)[int(torch.randint(keep[name].numel(), (), generator=generator))] = True
+    return Masks(unit, keep, 1 - kept)
