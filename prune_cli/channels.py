@@ -73,6 +73,12 @@ class ChannelGraph:
                 found.setdefault(self._names[dep.target.module], set()).update(idxs)
         return {name: sorted(idxs) for name, idxs in found.items()}
 
+    def inputs(self, group: ChannelGroup, channels: Sequence[int]) -> dict[str, list[int]]:
+        """The input channels of every layer that reads these `channels` of the group, in their
+        order; behind a flatten one channel is several inputs."""
+        items = self._items(group, channels)
+        return {self._names[dep.target.module]: list(idxs) for dep, idxs in items if self._is_input(dep)}
+
     def remove(self, group: ChannelGroup, channels: Sequence[int]) -> None:
         """Remove the channels from every layer that writes, normalises or reads them."""
         with torch.no_grad():
@@ -99,6 +105,9 @@ class ChannelGraph:
 
     def _is_output(self, dep) -> bool:
         return dep.target.module in self._names and self._graph.is_out_channel_pruning_fn(dep.handler)
+
+    def _is_input(self, dep) -> bool:
+        return dep.target.module in self._names and not self._graph.is_out_channel_pruning_fn(dep.handler)
 
 
 def _writes(module: nn.Module) -> bool:

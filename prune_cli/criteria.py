@@ -1,5 +1,7 @@
 """Tensors to one score per unit: the higher, the more the unit is worth keeping."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,13 @@ def distance_sum(weight: Tensor) -> Tensor:
     """
     flat = weight.detach().float().flatten(1)
     return torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+
+
+Criterion = Literal["l1", "l2", "geometric_median"]
+
+
+def filter_score(weight: Tensor, criterion: Criterion) -> Tensor:
+    """(O,): the score of each filter of a weight (O, ...) by the named criterion."""
+    if criterion == "geometric_median":
+        return distance_sum(weight)
+    return filter_norm(weight, order=1 if criterion == "l1" else 2)

@@ -4,7 +4,7 @@ The floor: no layer loses all of its units. The unit with the highest score of e
 removed; where that changed a selection, the masks carry a note that says so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -42,15 +42,18 @@ def select_global(scores: Scores, ratio: float, unit: str) -> Masks:
     return Masks(unit, keep, ratio, _floor_note(floors, unit))
 
 
-def select_local(scores: Scores, ratios: Mapping[str, float], unit: str, requested: float) -> Masks:
+def select_local(
+    scores: Scores, ratios: Mapping[str, float], unit: str, requested: float, rounding: Callable[[float], int] = int
+) -> Masks:
     """Remove the fraction `ratios[layer]` of each layer's units, the lowest scores first.
 
     A layer of n units keeps `int(n * (1 - ratio))`, at least one. That is the expression of the
-    authors' code (PFEC, SFP) with its binary rounding: `int(20 * (1 - 0.9))` is 1, not 2.
+    authors' code (PFEC, SFP) with its binary rounding: `int(20 * (1 - 0.9))` is 1, not 2. Neuron
+    merging has `round` for fully connected layers.
     """
     keep, floors = {}, []
     for layer, score in scores.items():
-        kept = int(score.numel() * (1 - ratios[layer]))
+        kept = rounding(score.numel() * (1 - ratios[layer]))
         if kept < 1:
             floors.append(layer)
         best = score.flatten().argsort(descending=True, stable=True)[: max(kept, 1)]

@@ -1,0 +1,111 @@
+"""Neuron merging: "Neuron Merging: Compensating for Pruned Neurons" (Kim et al., NeurIPS 2020)."""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prune_cli.channels import ChannelGraph, ChannelGroup
+from prune_cli.criteria import Criterion, filter_score
+from prune_cli.errors import UserError
+from prune_cli.filters import FilterMethod, prunable_filters
+from prune_cli.masks import Masks
+from prune_cli.method import selection_field
+from prune_cli.settings import Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronMerging(FilterMethod):
+    """Prunes filters by a criterion, without data and without fine-tuning, and lets each removed
+    filter live on in the most similar kept one.
+
+    A removed filter i with w_i = s * w_j behaves, behind batch norm and ReLU, like S times the kept
+    filter j; so the next layer's weights for i, times S, are added to those for j (section 3).
+
+    criterion  which filters are kept
+    threshold  merge only where the cosine similarity of w_i and w_j is at least this
+    lam        how much the cosine counts beside the constant B that batch norm leaves (section 3.3)
+    bn_scale   `exact`: S and B with the standard deviation of the batch norm; `authors`: as in the
+               published code, which takes the variance for it and the ratio of both inverted
+    merge      false prunes only: the comparison of the paper's tables
+    """
+
+    criterion: Criterion = selection_field(default="l1")
+    threshold: Fraction = selection_field(default=0.1)
+    lam: Fraction = selection_field(default=0.85)
+    bn_scale: Literal["authors", "exact"] = selection_field(default="authors")
+    merge: bool = selection_field(default=True)
+
+    def score(self, layer: nn.Module, norm: nn.Module | None) -> Tensor:
+        return filter_score(_with_bias(layer), self.criterion)
+
+    def compensate(self, model: nn.Module, masks: Masks) -> nn.Module:
+        if not self.merge:
+            return model
+        merged = copy.deepcopy(model)
+        graph = ChannelGraph(merged)
+        groups = {name: group for name, group in prunable_filters(model).items() if name in masks.keep}
+        # All similarities are those of the original network: merging changes the next layer's weights.
+        merges = {name: self._merges(model, name, group, masks.keep[name]) for name, group in groups.items()}
+        for name, (removed, kept, scale) in merges.items():
+            for reader, channels in _readers(graph, groups[name], name).items():
+                _fold(merged.get_submodule(reader).weight, channels, removed, kept, scale)
+        return merged
+
+    def _merges(self, model: nn.Module, name: str, group: ChannelGroup, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Filters i, the kept filters j that they merge into, and the scales S: three (M,)."""
+        layer = model.get_submodule(name)
+        removed, kept = (~keep).nonzero().flatten(), keep.nonzero().flatten()
+        weights = _with_bias(layer).double()
+        cosine = F.normalize(weights[removed], dim=1) @ F.normalize(weights[kept], dim=1).T
+        norms = weights.norm(dim=1)
+        scale = norms[removed].unsqueeze(1) / norms[kept].clamp_min(1e-30)
+        best = cosine
+        if group.norms:
+            scale, constant = self._behind_norm(model.get_submodule(group.norms[0]), removed, kept, scale)
+            distance = constant.abs() / scale.abs().clamp_min(1e-30)
+            low, high = distance.aminmax(dim=1, keepdim=True)
+            best = -(self.lam * (1 - cosine) + (1 - self.lam) * (distance - low) / (high - low).clamp_min(1e-30))
+        nearest = best.argmax(1, keepdim=True)
+        cosine, scale = cosine.gather(1, nearest).flatten(), scale.gather(1, nearest).flatten()
+        # relu(S x) = S relu(x) holds for S >= 0 only
+        merged = (cosine >= self.threshold) & (scale >= 0)
+        return removed[merged], kept[nearest.flatten()[merged]], scale[merged].float()
+
+    def _behind_norm(self, norm: nn.Module, removed: Tensor, kept: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """S and B with bn_i(s x) = S bn_j(x) + B, for all pairs (removed, kept)."""
+        gamma, beta, mean = (t.detach().double() for t in (norm.weight, norm.bias, norm.running_mean))
+        variance = norm.running_var.double()
+        sigma = (variance + norm.eps).sqrt() if self.bn_scale == "exact" else variance
+        gamma_i, sigma_i, beta_i, mean_i = (t[removed].unsqueeze(1) for t in (gamma, sigma, beta, mean))
+        gamma_j, sigma_j, beta_j, mean_j = (t[kept].unsqueeze(0) for t in (gamma, sigma, beta, mean))
+        ratio = (gamma_i / gamma_j) * (sigma_j / sigma_i)
+        scale = s * (ratio if self.bn_scale == "exact" else 1 / ratio)
+        constant = gamma_i / sigma_i * (s * (mean_j - beta_j * sigma_j / gamma_j) - mean_i) + beta_i
+        return scale, constant
+
+
+def _with_bias(layer: nn.Module) -> Tensor:
+    """(O, I * K * K [+ 1]): each filter as one vector, its bias the last entry."""
+    weight = layer.weight.detach().flatten(1)
+    return weight if layer.bias is None else torch.cat([weight, layer.bias.detach().unsqueeze(1)], dim=1)
+
+
+def _readers(graph: ChannelGraph, group: ChannelGroup, name: str) -> dict[str, Tensor]:
+    """Per layer that reads the group's channels: (channels, positions), its input index of each
+    channel at each position (more than one behind a flatten)."""
+    readers = graph.inputs(group, range(group.width))
+    if not readers:
+        raise UserError(f"method=neuron_merging: no layer reads {name}, there is nothing to merge into")
+    return {reader: torch.tensor(inputs).view(group.width, -1) for reader, inputs in readers.items()}
+
+
+@torch.no_grad()
+def _fold(weight: Tensor, channels: Tensor, removed: Tensor, kept: Tensor, scale: Tensor) -> None:
+    """weight (O, I, ...): add S_ij times the inputs of i to those of j."""
+    share = weight[:, channels[removed].flatten()]
+    scales = scale.repeat_interleave(channels.shape[1]).view(1, -1, *[1] * (weight.ndim - 2))
+    weight.index_add_(1, channels[kept].flatten(), share * scales)
