@@ -48,17 +48,15 @@ class ChannelGraph:
         example = torch.zeros(1, *model.input_shape, device=like.device, dtype=like.dtype, requires_grad=True)
         with _flags_kept(model), _placeholders(model) as self._placeholders, torch.enable_grad():
             self._graph = tp.DependencyGraph().build_dependency(
-                # A tuple, since a tensor would be unpacked into its images. The addition is a node
-                # after the last layer: where the network's output begins.
-                model, (example,), verbose=False, output_transform=lambda logits: logits + 0
-            )
+                model, example, verbose=False,
+                forward_fn=lambda model, x: model(x),  # left to itself, it would unpack x into images
+                # The addition is a node after the last layer: where the network's output begins.
+                output_transform=lambda logits: logits + 0,
+            )  # fmt: skip
             self._names = {module: name for name, module in model.named_modules()}
             self._roots = {}
-            self.groups = tuple(
-                self._describe(found)
-                for found in self._graph.get_all_groups()
-                if _writes(found[0].dep.target.module) and found[0].dep.target.module not in self._placeholders
-            )
+            described = [self._describe(found) for found in self._graph.get_all_groups()]
+            self.groups = tuple(group for group in described if group.producers)
 
     @property
     def inner(self) -> tuple[ChannelGroup, ...]:
@@ -100,7 +98,8 @@ class ChannelGraph:
                 producers.append(self._names[module])
             elif isinstance(module, _NormBase):
                 norms.append(self._names[module])
-        self._roots[producers[0]] = found[0]
+        if producers:
+            self._roots[producers[0]] = found[0]
         return ChannelGroup(tuple(producers), tuple(norms), len(found[0].idxs), removable)
 
     def _is_output(self, dep) -> bool:
@@ -121,6 +120,8 @@ def _removes_exactly(module: nn.Module) -> bool:
         return module.groups == module.in_channels == module.out_channels
     if isinstance(module, tp.ops._OutputOp):
         return False
+    # Torch-Pruning's own modules stand for additions, reshapes, concatenations; a bare Parameter is
+    # not one of them, and nobody knows what it does with the channels.
     operation = not isinstance(module, nn.Parameter) and type(module).__module__.startswith("torch_pruning")
     return operation or _writes(module) or isinstance(module, (_NormBase, nn.PReLU))
 

@@ -20,7 +20,7 @@ from prune_cli.models.spec import ModelSpec
 
 FORMAT = "prune-cli/1"
 # What says how wide a layer is, besides its tensors.
-WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features")
+WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters")
 
 
 def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> None:

@@ -11,7 +11,8 @@ class Progress:
     """Where a training run stands. Hooks derive everything that changes with time from this.
 
     epoch, epochs   epochs begun before this one, epochs in all
-    step, steps     optimizer steps taken, steps in all
+    step, steps     optimizer steps taken before this batch (the same number for all hooks of one
+                    batch; `after_epoch` counts its last batch too), steps in all
     travel          sum over all steps of the learning rate / (1 - momentum): how far a parameter
                     moves over the whole run under a constant gradient of one
     weight_decay    of the optimizer, needed where a penalty is derived from the schedule

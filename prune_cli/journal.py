@@ -51,7 +51,9 @@ class Journal:
     def __enter__(self) -> Self:
         if self.run_dir is not None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._open.enter_context(_log_file(self.run_dir / "run.log"))
+            self._open.callback(log.setLevel, log.level)
+            log.setLevel(logging.INFO)
+            self._open.enter_context(_handled(logging.getLogger(), _log_file(self.run_dir / "run.log")))
             path = self.run_dir / "metrics.csv"
             self._csv = self._open.enter_context(path.open("a", newline="", encoding="utf-8"))
             if self._csv.tell() == 0:
@@ -231,18 +233,11 @@ def skeleton_picture(skeleton: Tensor) -> Tensor:
     return torch.where(grid < 0, border, (255 * grid.clamp_min(0)).round().to(torch.uint8))
 
 
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Send our messages, and the warnings of all libraries, to the file `path`."""
+def _log_file(path: Path) -> logging.Handler:
+    """Where our messages, and the warnings of all libraries, are written."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = log.level
-    log.setLevel(logging.INFO)
-    try:
-        with _handled(logging.getLogger(), handler):
-            yield
-    finally:
-        log.setLevel(level)
+    return handler
 
 
 @contextmanager

@@ -55,6 +55,10 @@ class Masks:
         """The same masks with further notes."""
         return replace(self, notes=self.notes + notes)
 
+    def to(self, device: torch.device) -> "Masks":
+        """The same masks on a device, so that applying them at every step copies nothing."""
+        return replace(self, keep={layer: keep.to(device) for layer, keep in self.keep.items()})
+
     def save(self, path: Path) -> None:
         """Write to a safetensors file."""
         header = {"unit": self.unit, "requested": self.requested, "notes": self.notes}

@@ -15,10 +15,8 @@ Scores = Mapping[str, Tensor]
 
 
 def keep_best(scores: Tensor) -> Tensor:
-    """Bool of the shape of `scores`, True at one unit with the highest score."""
-    best = torch.zeros_like(scores, dtype=torch.bool)
-    best.view(-1)[scores.argmax()] = True
-    return best
+    """Bool of the shape of `scores`, True at one unit with the highest score. Waits for no device."""
+    return (torch.arange(scores.numel(), device=scores.device) == scores.argmax()).view_as(scores)
 
 
 def select_global(scores: Scores, ratio: float, unit: str) -> Masks:
@@ -29,12 +27,10 @@ def select_global(scores: Scores, ratio: float, unit: str) -> Masks:
     """
     flat = torch.cat([s.flatten() for s in scores.values()]).float()
     protected = torch.cat([keep_best(s).flatten() for s in scores.values()])
-    count = min(round(ratio * flat.numel()), int((~protected).sum()))
-    ranking = torch.where(protected, torch.inf, flat).argsort(stable=True)
-    removed = torch.zeros_like(protected)
-    removed[ranking[:count]] = True
     dead = flat == 0
-    removed |= dead & ~protected
+    count = round(ratio * flat.numel())
+    ranking = torch.where(protected, torch.inf, flat).argsort(stable=True)
+    removed = dead.index_fill(0, ranking[:count], True) & ~protected
     without_floor = dead.index_fill(0, flat.argsort(stable=True)[:count], True)
     sizes = [s.numel() for s in scores.values()]
     keep = {layer: part.reshape(scores[layer].shape) for layer, part in zip(scores, (~removed).split(sizes))}

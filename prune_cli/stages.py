@@ -170,7 +170,7 @@ def prune_at_random(shop: Workshop, source: Made, pruned: Made) -> Made:
 
 def finetune(shop: Workshop, pruned: Made) -> Made:
     """The cut network, trained again while what was pruned stays pruned."""
-    held = Masks.load(pruned.artifact.file("held.safetensors"))
+    held = Masks.load(pruned.artifact.file("held.safetensors")).to(shop.device)
     return _fit_stage(
         shop, "finetuned", lambda: shop.trained(pruned.artifact), shop.experiment.recipe.finetune,
         shop.experiment.method.constraint(held), {}, parent=pruned.artifact.key,

@@ -33,7 +33,7 @@ def emptied(keeps: dict) -> list[str]:
     return [layer for layer, keep in keeps.items() if not keep.any()]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(scores=layered_scores(), ratio=ratios)
 @example(scores={"a": torch.ones(4), "b": torch.ones(4)}, ratio=0.5)
 def test_global_ratio_is_met_and_no_layer_is_emptied(scores, ratio):
@@ -50,12 +50,13 @@ def test_global_ratio_is_met_and_no_layer_is_emptied(scores, ratio):
     assert masks.requested == ratio
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(scores=layered_scores(), ratio=ratios)
 def test_global_ranks_across_layers(scores, ratio):
     """Nothing that is kept scores less than what is removed, but for the best of a layer."""
     masks = select_global(scores, ratio, "filter")
-    worst_removed = max((float(s[~masks.keep[n]].max()) for n, s in scores.items() if not masks.keep[n].all()), default=0)
+    gone = torch.cat([s[~masks.keep[n]] for n, s in scores.items()])
+    worst_removed = float(gone.max()) if len(gone) else 0.0
     for layer, score in scores.items():
         keep = masks.keep[layer]
         below = keep & (score < worst_removed)
@@ -64,7 +65,7 @@ def test_global_ranks_across_layers(scores, ratio):
 
 
 @given(scores=layered_scores(), ratio=ratios)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 def test_dead_units_always_go(scores, ratio):
     masks = select_global(scores, ratio, "stripe")
     for layer, score in scores.items():
@@ -73,7 +74,7 @@ def test_dead_units_always_go(scores, ratio):
 
 
 @given(scores=layered_scores(), ratio=ratios)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_a_global_note_says_when_the_floor_acted(scores, ratio):
     """A note if and only if ranking without a floor would have emptied a layer."""
     flat = torch.cat([s.flatten() for s in scores.values()])
@@ -99,10 +100,11 @@ def test_ties_are_decided_the_same_way_every_time():
     first, second = (select_global(scores, 0.31, "filter") for _ in range(2))
     assert all(torch.equal(first.keep[n], second.keep[n]) for n in scores)
     assert removed(first) == 31
-    assert select_local(scores, dict.fromkeys(scores, 0.5), "filter", 0.5).keep["a"].tolist() == [True] * 25 + [False] * 25
+    local = select_local(scores, dict.fromkeys(scores, 0.5), "filter", 0.5)
+    assert local.keep["a"].tolist() == [True] * 25 + [False] * 25
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(scores=layered_scores(), ratio=ratios)
 @example(scores={"a": torch.rand(20)}, ratio=0.9)  # 20 * (1 - 0.9) is 1.9999999999999996
 @example(scores={"a": torch.rand(10)}, ratio=0.9)  # 0.9999999999999998
@@ -115,7 +117,7 @@ def test_local_keeps_what_the_authors_keep(scores, ratio):
         assert keep.shape == score.shape
         assert keep.sum() == max(kept, 1)
         assert keep.all() or score[keep].min() >= score[~keep].max()
-        assert (layer in "".join(masks.notes)) == (kept == 0)
+    assert bool(masks.notes) == any(int(score.numel() * (1 - ratio)) == 0 for score in scores.values())
 
 
 @pytest.mark.parametrize(("filters", "ratio", "kept"), [(16, 0.9, 1), (64, 0.7, 19), (20, 0.9, 1), (16, 0.6, 6)])
@@ -131,7 +133,7 @@ def test_local_ratios_differ_by_layer():
     assert masks.keep["b"].tolist() == [False] * 3 + [True] * 7
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(scores=layered_scores(), threshold=st.sampled_from([0.0, 0.25, 1.0, 9.0]))
 def test_threshold_is_strict_and_the_same_for_all_layers(scores, threshold):
     masks = select_threshold(scores, threshold, "stripe", requested=0.5)
@@ -150,7 +152,8 @@ def test_threshold_is_strict_and_the_same_for_all_layers(scores, threshold):
 def test_extremes(ratio):
     scores = {"a": torch.rand(9, 3, 3) + 0.1, "b": torch.rand(1) + 0.1}
     left = {0.0: (81, 1), ALMOST_ALL: (1, 1)}[ratio]
-    for masks in (select_global(scores, ratio, "stripe"), select_local(scores, dict.fromkeys(scores, ratio), "stripe", ratio)):
+    local = select_local(scores, dict.fromkeys(scores, ratio), "stripe", ratio)
+    for masks in (select_global(scores, ratio, "stripe"), local):
         assert tuple(int(keep.sum()) for keep in masks.keep.values()) == left
         assert bool(masks.notes) == (ratio > 0)
 

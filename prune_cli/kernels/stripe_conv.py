@@ -46,7 +46,9 @@ def stripe_conv2d(
     if bias is not None:
         y += bias.to(exact).view(-1, 1, 1)
     for i, j, filters, first, last in pattern.positions:
-        window = x[:, :, i : i + (height - 1) * stride[0] + 1 : stride[0], j : j + (width - 1) * stride[1] + 1 : stride[1]]
+        rows = slice(i, i + (height - 1) * stride[0] + 1, stride[0])
+        columns = slice(j, j + (width - 1) * stride[1] + 1, stride[1])
+        window = x[:, :, rows, columns]
         part = torch.matmul(stripes[first:last].to(x.dtype), window.flatten(2))
         y.index_add_(1, filters, part.view(-1, last - first, height, width).to(exact))
     return y.to(x.dtype)

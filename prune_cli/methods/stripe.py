@@ -54,7 +54,10 @@ class StripePruning(PruningMethod):
                 layer.norms = norms.get(name)
                 model.set_submodule(name, layer)
         if not _skeletons(model):
-            raise UserError("method=stripe: the model has no convolution larger than 1x1 (without groups and dilation, padded with zeros)")
+            raise UserError(
+                "method=stripe: the model has no convolution larger than 1x1 (without groups and dilation, "
+                "padded with zeros)"
+            )
         if self.train == "skeleton":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = name.endswith(".skeleton")
@@ -71,7 +74,7 @@ class StripePruning(PruningMethod):
         if self.alpha is not None:
             return self.alpha
         travel = progress.travel / self.strength
-        decayed = progress.weight_decay * travel
+        decayed = min(progress.weight_decay * travel, 700.0)  # exp of more overflows; alpha is nothing by then
         return progress.weight_decay / math.expm1(decayed) if decayed > 1e-6 else 1 / travel
 
     @torch.no_grad()

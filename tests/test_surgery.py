@@ -1,0 +1,276 @@
+"""Removal is exact: the cut network computes what the masked one does, with every constant random."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from toys import network, random_masks
+
+from prune_cli import surgery
+from prune_cli.errors import StageError
+from prune_cli.hooks import Progress
+from prune_cli.layers.skeleton import SkeletonConv2d
+from prune_cli.layers.stripe import StripeConv2d
+from prune_cli.masks import Masks
+from prune_cli.method import KeepPruned
+from prune_cli.methods.stripe import StripePruning
+from prune_cli.metrics.macs import count_macs, count_parameters
+
+RESNET, VGG, LENET = "prune_cli.models.resnet.CifarResNet", "prune_cli.models.vgg.VGG", "prune_cli.models.lenet"
+NETWORKS = {
+    "VGG single": (VGG, {"depth": 11}),
+    "VGG double": (VGG, {"depth": 11, "classifier": "double"}),
+    "ResNet A": (RESNET, {"depth": 20, "shortcut": "A"}),
+    "ResNet B": (RESNET, {"depth": 20, "shortcut": "B"}),
+    "LeNet-5": (f"{LENET}.LeNet5", {"channels": 1, "resolution": 16}),
+    "kernels": ("toys.Kernels", {}),
+    "concat": ("toys.Concat", {}),
+    "depthwise": ("toys.Grouped", {"groups": 6}),
+    "grouped": ("toys.Grouped", {"groups": 2}),
+    "group norm": ("toys.GroupNormed", {}),
+    "biased sum": ("toys.BiasedSum", {}),
+    "tiny VGG": ("tiny.TinyVGG", {}),
+    "tiny ResNet": ("tiny.TinyResNet", {}),
+}
+every_network = pytest.mark.parametrize(("target", "arguments"), NETWORKS.values(), ids=NETWORKS)
+both_units = pytest.mark.parametrize("unit", ["filter", "stripe"])
+
+
+def images(model: nn.Module, count: int = 3) -> torch.Tensor:
+    return torch.randn(count, *model.input_shape, generator=torch.Generator().manual_seed(1))
+
+
+def off_by(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max())
+
+
+def compared(model: nn.Module, masks: Masks) -> surgery.Cut:
+    """Cut, after checking against the masked network by hand and by `verify`."""
+    x, before = images(model), {n: t.clone() for n, t in model.state_dict().items()}
+    masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
+    with torch.no_grad():
+        dense, expected, found = (network.eval()(x) for network in (model, masked, small.model))
+    assert off_by(dense, expected) > 1e-3
+    assert off_by(expected, found) < 1e-4
+    surgery.verify(masked, small)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    return small
+
+
+@every_network
+@both_units
+def test_cut_is_masked(target, arguments, unit):
+    model = network(target, **arguments)
+    small = compared(model, random_masks(model, unit, kept=0.3))
+    if unit == "stripe":
+        assert any(isinstance(module, StripeConv2d) for module in small.model.modules())
+    assert count_parameters(small.model) < count_parameters(model) or unit == "filter"
+    assert count_macs(small.model, model.input_shape) <= count_macs(model, model.input_shape)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    chosen=st.sampled_from(["ResNet B", "LeNet-5", "kernels", "concat", "biased sum", "tiny ResNet"]),
+    unit=st.sampled_from(["filter", "stripe"]),
+    kept=st.floats(0, 0.9), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_cut_is_masked_whatever_is_chosen(chosen, unit, kept, seed):
+    target, arguments = NETWORKS[chosen]
+    model = network(target, **arguments)
+    compared(model, random_masks(model, unit, kept, seed))
+
+
+@pytest.mark.parametrize("chosen", sorted(set(NETWORKS) - {"VGG single", "VGG double", "ResNet A"}))
+def test_the_cut_network_trains(chosen):
+    target, arguments = NETWORKS[chosen]
+    model = network(target, **arguments)
+    for unit in ("filter", "stripe"):
+        small = surgery.cut(model, random_masks(model, unit, kept=0.4)).model.train()
+        before = [parameter.detach().clone() for parameter in small.parameters()]
+        optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+        F.cross_entropy(small(images(model, 6)), torch.arange(6) % 4).backward()
+        optimizer.step()
+        assert any(not torch.equal(a, b) for a, b in zip(before, small.parameters()))
+        assert all(parameter.isfinite().all() for parameter in small.parameters())
+
+
+def test_widths_after_a_cut():
+    model = network(f"{LENET}.LeNet5", channels=1, resolution=16)
+    keep = {"conv1": torch.arange(20) < 7, "conv2": torch.arange(50) % 2 == 0, "fc1": torch.arange(500) >= 100}
+    small = compared(model, Masks("filter", keep, 0.5))
+    assert (small.model.conv1.out_channels, small.model.conv2.in_channels) == (7, 7)
+    assert small.model.conv2.weight.shape == (25, 7, 5, 5)
+    assert small.model.fc1.weight.shape == (400, 25)  # one pixel is left of a channel
+    assert small.removed["conv2"] == list(range(1, 50, 2))
+    assert small.masks.keep == {}
+
+
+def test_flattened_maps_lose_all_pixels_of_a_channel():
+    model = network(f"{LENET}.LeNet5", channels=1, resolution=28)
+    small = compared(model, Masks("filter", {"conv2": torch.arange(50) != 4}, 0.02))
+    kept = [n for n in range(800) if n // 16 != 4]
+    assert torch.equal(small.model.fc1.weight, model.fc1.weight[:, kept])
+
+
+def test_norms_keep_the_statistics_of_their_channels():
+    model = network("tiny.TinyVGG")
+    keep = torch.arange(12) % 3 == 0
+    small = compared(model, Masks("filter", {"features.3": keep}, 0.6)).model.features[4]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(getattr(small, name), getattr(model.features[4], name)[keep])
+
+
+def test_filters_inside_a_residual_sum_stay_as_zeros():
+    """Their batch norm goes on emitting its constant; fine-tuning leaves the zeros alone."""
+    model = network("tiny.TinyResNet")
+    keep = torch.tensor([True, False] * 4)
+    small = compared(model, Masks("filter", {"block1.conv2": keep}, 0.5))
+    conv, norm = small.model.block1.conv2, small.model.block1.bn2
+    assert not conv.weight[~keep].any()
+    assert conv.weight[keep].any()
+    assert torch.equal(norm.bias, model.block1.bn2.bias)
+    assert torch.equal(small.masks.keep["block1.conv2"], keep)
+    conv.weight.data += 1
+    KeepPruned(small.masks).after_step(small.model, Progress(0, 1, 0, 1, 1.0, 0.0))
+    assert not conv.weight[~keep].any()
+    assert conv.weight[keep].all()
+
+
+@pytest.mark.parametrize("target", ["tiny.TinyResNet", "toys.BiasedSum"])
+@both_units
+def test_a_channel_of_a_residual_sum_goes_when_all_its_writers_lose_it(target, unit):
+    """With it go the biases and norm constants of all of them, in the masked network too."""
+    model = network(target)
+    writers = {"tiny.TinyResNet": ("stem.0", "block1.conv2"), "toys.BiasedSum": ("stem", "outer")}[target]
+    masks = random_masks(model, unit, kept=1.0, only=writers)
+    for n, writer in enumerate(writers):
+        masks.keep[writer][[0, 3, n + 4]] = False  # 0 and 3 in both, another one in each
+    small = compared(model, masks)
+    for n, writer in enumerate(writers):
+        assert small.removed[writer] == [0, 3]
+        assert small.model.get_submodule(writer).weight.shape[0] == model.get_submodule(writer).weight.shape[0] - 2
+        if unit == "filter":
+            dead = (~small.masks.keep[writer]).nonzero().flatten().tolist()
+            assert dead == [n + 4 - 2]
+
+
+@both_units
+def test_a_dead_layer_in_a_residual_sum_still_emits_its_bias(unit):
+    model = network("toys.BiasedSum")
+    masks = random_masks(model, unit, kept=1.0, only=("outer",))
+    masks.keep["outer"][:] = False
+    small = compared(model, masks).model
+    assert torch.equal(small.outer.bias, model.outer.bias)
+    assert not small.outer.weight.any()
+    assert small.outer.weight.shape == (6, 7, 3, 3)
+
+
+@both_units
+def test_an_emptied_layer_keeps_one_channel(unit):
+    """No selection does that, but a network without channels would crash far from the cause."""
+    model = network("tiny.TinyVGG")
+    masks = random_masks(model, unit, kept=1.0, only=("features.3",))
+    masks.keep["features.3"][:] = False
+    assert compared(model, masks).model.features[3].weight.shape[0] == 1
+
+
+def test_nothing_to_remove():
+    model = network("tiny.TinyVGG")
+    for unit in ("filter", "stripe"):
+        masks = random_masks(model, unit, kept=1.0)
+        small = surgery.cut(model, masks)
+        surgery.verify(surgery.mask(model, masks), small)
+        assert small.removed == {}
+        assert torch.equal(small.model(images(model)), model(images(model)))
+
+
+def test_skeletons_are_merged_before_anything_is_removed():
+    model = StripePruning().prepare(network("tiny.TinyResNet"))
+    for module in model.modules():
+        if isinstance(module, SkeletonConv2d):
+            nn.init.normal_(module.skeleton)
+    small = compared(model.eval(), random_masks(model, "stripe", kept=0.4))
+    assert not any(isinstance(module, SkeletonConv2d) for module in small.model.modules())
+    plain = surgery.plain(model)
+    assert not any(isinstance(module, SkeletonConv2d) for module in plain.modules())
+    assert torch.allclose(plain(images(model)), model(images(model)), atol=1e-5)
+
+
+def test_any_precision():
+    model = network("toys.Kernels").double()
+    masks = random_masks(model, "stripe", kept=0.5)
+    masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
+    with torch.no_grad():
+        assert off_by(masked(images(model).double()), small.model(images(model).double())) < 1e-12
+
+
+BREAKS = {
+    "features.3": lambda features: features[3].weight.data.mul_(1.01),
+    "features.4": lambda features: features[4].running_mean.add_(0.1),
+    "features.6": lambda features: features[6].weight.data.copy_(features[6].weight.flip(1)),
+    "features.7": lambda features: features[7].bias.data.copy_(features[7].bias.flip(0)),
+}
+
+
+@pytest.mark.parametrize("layer", BREAKS)
+@both_units
+def test_a_broken_cut_is_named(layer, unit):
+    model = network("tiny.TinyVGG")
+    masks = random_masks(model, unit, kept=0.5, only=("features.0", "features.3"))
+    masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
+    if unit == "stripe" and layer == "features.3":
+        small.model.features[3].stripes.data.mul_(1.01)
+    else:
+        BREAKS[layer](small.model.features)
+    with pytest.raises(StageError, match=rf"masked one: {layer} is off by"):
+        surgery.verify(masked, small)
+
+
+def test_a_difference_that_later_layers_swallow_is_named():
+    """Behind ten layers with random constants, the outputs agree to five digits for any image."""
+    model = network(VGG, depth=11)
+    masks = random_masks(model, "filter", kept=0.5)
+    masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
+    small.model.features.conv2.weight.data.mul_(1.01)
+    with pytest.raises(StageError, match=r"features\.conv2 is off by 1.0e-02"):
+        surgery.verify(masked, small)
+
+
+def test_a_wrong_width_is_named():
+    model = network("tiny.TinyVGG")
+    masks = random_masks(model, "filter", kept=0.5)
+    masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
+    small.removed["features.3"].pop()
+    with pytest.raises(StageError, match="features.3 has another shape"):
+        surgery.verify(masked, small)
+
+
+def test_a_broken_stripe_layer_is_named():
+    model = network(RESNET, depth=20, shortcut="A")
+    masks = random_masks(model, "stripe", kept=0.5)
+    masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
+    stripes = small.model.layer2[1].conv2.stripes
+    stripes.data.copy_(stripes.flip(0))
+    with pytest.raises(StageError, match=r"layer2\.1\.conv2 is off by"):
+        surgery.verify(masked, small)
+
+
+def test_a_network_that_is_not_finite_is_no_match():
+    model = network("tiny.TinyVGG")
+    masks = random_masks(model, "filter", kept=0.5)
+    masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
+    small.model.features[3].weight.data[0] = torch.nan
+    with pytest.raises(StageError, match="features.3"):
+        surgery.verify(masked, small)
+
+
+def test_verify_leaves_both_networks_as_they_were():
+    model = network(RESNET, depth=20, shortcut="B").train()
+    masks = random_masks(model, "stripe", kept=0.5)
+    masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
+    surgery.verify(masked, small)
+    for net in (masked, small.model):
+        assert all(module.training for module in net.modules())
+        assert not any(module._forward_hooks for module in net.modules())
