@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from prune_cli.channels import ChannelGraph, ChannelGroup
@@ -53,7 +54,8 @@ class FilterMethod(PruningMethod):
             return select_local(scores, ratios, self.unit, requested, rounding)
         if self.scope == "local":
             return select_local(scores, dict.fromkeys(scores, ratio), self.unit, ratio, rounding)
-        return select_global({name: s / s.mean() for name, s in scores.items()}, ratio, self.unit)
+        tiny = torch.finfo(torch.float32).tiny  # a layer of zeros has scores of zero, not 0 / 0
+        return select_global({name: s / s.mean().clamp_min(tiny) for name, s in scores.items()}, ratio, self.unit)
 
 
 def prunable_filters(model: nn.Module) -> dict[str, ChannelGroup]:
@@ -64,7 +66,7 @@ def prunable_filters(model: nn.Module) -> dict[str, ChannelGroup]:
     inner = {group.producers[0]: group for group in ChannelGraph(model).inner}
     layers = {name: inner[name] for name, _ in model.named_modules() if name in inner}
     if not layers:
-        raise UserError("the model has no filters that could be removed without touching a residual sum")
+        raise UserError("method: the model has no filters that could be removed without touching a residual sum")
     convolutions = {n: g for n, g in layers.items() if not isinstance(model.get_submodule(n), nn.Linear)}
     return convolutions or layers
 

@@ -21,6 +21,7 @@ LAYERS = [
     ["stages"],
     ["methods"],
     ["experiment"],
+    ["filters"],
     ["trainer"],
     ["method"],
     ["surgery"],
