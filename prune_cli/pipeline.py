@@ -42,7 +42,6 @@ def run(experiment: Experiment, run_dir: Path, *, command: str) -> Record:
 
 def _make(shop: Workshop) -> list[Made]:
     method = shop.experiment.method
-    stages.rehearse(shop)
     made = [stages.train_dense(shop)]
     if method.start is not None:
         made.append(stages.sparsify(shop, made[0]))

@@ -56,6 +56,7 @@ class Workshop:
     experiment: Experiment
     store: Store
     journal: Journal
+    rehearsed: bool = False
 
     @cached_property
     def device(self) -> torch.device:
@@ -91,6 +92,19 @@ class Workshop:
             "seed": experiment.seed,
         }
 
+    def rehearse(self) -> None:
+        """Once, before the first training: prepare, select, cut and verify on the untrained network.
+
+        Whatever the method cannot do with this network is said now, not after hours.
+        """
+        if self.rehearsed:
+            return
+        self.rehearsed = True
+        method = self.experiment.method
+        model = method.prepare(self.untrained())
+        masks = method.prune(model, self.experiment.ratio)
+        surgery.verify(surgery.mask(model, masks), surgery.cut(model, masks))
+
     def untrained(self) -> nn.Module:
         """The network at initialisation, the same for every method and stage of this seed."""
         splits = self.splits
@@ -109,17 +123,6 @@ class Workshop:
         model = self.experiment.method.prepare(self.untrained())
         model.load_state_dict(load_file(made.artifact.file("training.safetensors"), device=str(self.device)))
         return model
-
-
-def rehearse(shop: Workshop) -> None:
-    """Prepare, select, cut and verify on the untrained network.
-
-    Whatever the method cannot do with this network is said now, not after hours of training.
-    """
-    method = shop.experiment.method
-    model = method.prepare(shop.untrained())
-    masks = method.prune(model, shop.experiment.ratio)
-    surgery.verify(surgery.mask(model, masks), surgery.cut(model, masks))
 
 
 def train_dense(shop: Workshop) -> Made:
@@ -184,6 +187,7 @@ def _fit_stage(
     """Train what `start` gives. `further`: settings of the key besides those of every training."""
 
     def make(folder: Path, partial: Partial) -> Mapping[str, Any]:
+        shop.rehearse()
         model = start()
         steps = steps_per_epoch(len(shop.splits.train), settings.batch_size)
         with shop.journal.stage(stage, settings.epochs, steps) as monitor:
@@ -191,7 +195,8 @@ def _fit_stage(
                 model, shop.splits, settings, hooks, precision=shop.precision, seed=shop.experiment.seed,
                 stage=stage, checkpoint=partial, monitor=monitor, watch=getattr(hooks, "watch", lambda model: {}),
             )
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "training.safetensors")
+        if stage == "sparse":  # with the layers that `prepare` installed: what `prune` reads
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "training.safetensors")
         return {"history": history, **_describe(shop, folder, surgery.plain(model), model)}
 
     return _produced(shop, stage, {**shop.common, **further, "fit": settings}, make, parent)

@@ -39,7 +39,7 @@ class StripePruning(PruningMethod):
     scope: ClassVar[str] = "global"
     start: Literal["init", "dense"] = "init"
     alpha: NonNegative | None = None
-    strength: Positive = 1.3
+    strength: Positive = 1.05
     threshold: NonNegative = 0.01
     train: Literal["all", "skeleton"] = "all"
     select: Literal["ratio", "threshold"] = selection_field(default="ratio")
