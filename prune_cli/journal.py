@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +28,6 @@ log = logging.getLogger("prune_cli")
 log.addHandler(logging.NullHandler())  # without a run.log, messages are only shown, and once
 
 COLUMNS = ("stage", "epoch", "name", "value")  # long form: every stage has its own penalties
-BORDER = (38, 70, 110)  # RGB between filters of a picture: no shade of grey, so no value
-PICTURE = 256  # about the width of a picture of skeletons, pixels
 REFRESH = 0.1  # seconds between two movements of the progress bar
 
 
@@ -97,6 +94,8 @@ class Journal:
     def skeletons(self, stage: str, skeletons: Mapping[str, Tensor], step: int = 0) -> None:
         """A picture of each layer's filter skeletons (O, K, K): strengths, or booleans = kept."""
         if writer := self._writer(stage):
+            from prune_cli.pictures import skeleton_picture  # needs torch
+
             for layer, skeleton in skeletons.items():
                 writer.add_image(f"skeleton/{layer}", skeleton_picture(skeleton), step, dataformats="HWC")
 
@@ -208,31 +207,6 @@ class StageJournal:
         self._journal.histograms(self._name, epoch, tensors or {})
         zeros = {layer: float((tensor == 0).float().mean()) for layer, tensor in (tensors or {}).items()}
         self._journal.layer_sparsity(self._name, zeros, epoch)
-
-
-def skeleton_picture(skeleton: Tensor) -> Tensor:
-    """Skeletons (O, K, K) as a picture (height, width, 3) of uint8: one tile per filter.
-
-    Black is zero, white the strongest of the layer (or kept, for booleans); tiles stand row by row
-    in a grid as square as possible, separated by lines one pixel wide.
-    """
-    import torch
-    from torch.nn.functional import pad
-
-    strength = skeleton.detach().float().abs().cpu()
-    strength = strength / strength.max().clamp_min(torch.finfo(torch.float32).tiny)
-    filters, kernel = strength.shape[0], strength.shape[-1]
-    columns = math.ceil(math.sqrt(filters))
-    rows = math.ceil(filters / columns)
-    scale = max(2, min(16, PICTURE // (columns * kernel)))
-    tiles = strength.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
-    # -1 marks what belongs to no filter: a line right of and below each tile, then unused tiles.
-    tiles = pad(tiles, (0, 1, 0, 1, 0, rows * columns - filters), value=-1.0)
-    side = kernel * scale + 1
-    grid = tiles.view(rows, columns, side, side).permute(0, 2, 1, 3).reshape(rows * side, columns * side)
-    grid = pad(grid, (1, 0, 1, 0), value=-1.0).unsqueeze(-1)
-    border = torch.tensor(BORDER, dtype=torch.uint8)
-    return torch.where(grid < 0, border, (255 * grid.clamp_min(0)).round().to(torch.uint8))
 
 
 def _log_file(path: Path) -> logging.Handler:

@@ -26,7 +26,7 @@ LAYERS = [
     ["method"],
     ["surgery"],
     ["store", "journal", "report", "environment", "checkpoint", "metrics"],
-    ["record", "selection", "criteria", "channels", "hooks"],
+    ["record", "pictures", "selection", "criteria", "channels", "hooks"],
     ["models"],
     ["masks", "layers", "datasets"],
     ["kernels"],

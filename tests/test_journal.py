@@ -14,7 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from prune_cli.journal import BORDER, Journal, skeleton_picture
+from prune_cli.journal import Journal
+from prune_cli.pictures import BORDER, skeleton_picture
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tensorboard's own
