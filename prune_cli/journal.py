@@ -192,7 +192,7 @@ class StageJournal:
 
         values    all are logged; names without a slash are shown, `accuracy` and `validation`,
                   fractions, as percentages
-        tensors   logged as histograms, with their fractions of zeros
+        tensors   logged as histograms
         """
         seconds, self._began = time.monotonic() - self._began, time.monotonic()
         self._steps = epoch * self._steps_per_epoch
@@ -205,8 +205,6 @@ class StageJournal:
             self._bar.update(self._task, completed=self._steps, epoch=f"{epoch}/{self._epochs}", values=shown)
         self._journal._values(self._name, [values], first=epoch)
         self._journal.histograms(self._name, epoch, tensors or {})
-        zeros = {layer: float((tensor == 0).float().mean()) for layer, tensor in (tensors or {}).items()}
-        self._journal.layer_sparsity(self._name, zeros, epoch)
 
 
 def _log_file(path: Path) -> logging.Handler:

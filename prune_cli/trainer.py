@@ -74,10 +74,12 @@ def fit(
             hooks.after_epoch(model, run.progress())
         if splits.validation is not None:
             figures["validation"] = accuracy(model, splits.validation)
+        watched = watch(model)
+        figures |= {f"sparsity/{layer}": float((tensor == 0).float().mean()) for layer, tensor in watched.items()}
         run.history.append(figures)
         _check_alive(run, stage, splits.classes)
         checkpoint.save(run.state())
-        monitor.epoch(len(run.history), figures, watch(model))
+        monitor.epoch(len(run.history), figures, watched)
     return run.history
 
 
