@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prune_cli.channels import ChannelGraph, ChannelGroup
 from prune_cli.errors import StageError
 from prune_cli.layers.stripe import StripeConv2d
-from prune_cli.masks import Masks, dead_filters
+from prune_cli.masks import UNIT_AXES, Masks, dead_filters
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -64,11 +64,11 @@ def cut(model: nn.Module, masks: Masks) -> Cut:
     _zero_units(model, masks)
     graph = ChannelGraph(model)
     dead = _dead_channels(graph, masks)
-    removed = _outputs_of(graph, dead)  # before any removal: in the old coordinates
+    removed, unread = _outputs_of(graph, dead), _inputs_of(graph, dead)  # before any removal: in the old coordinates
     _zero_channels(model, removed)
     for group, channels in dead:
         graph.remove(group, channels)
-    remaining = _remap(masks, removed)
+    remaining = _remap(masks, removed, unread)
     if masks.unit == "stripe":
         _pack_stripes(model, remaining)
         remaining = Masks(masks.unit, {}, masks.requested)
@@ -128,6 +128,15 @@ def _outputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]])
     return outputs
 
 
+def _inputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]]) -> dict[str, list[int]]:
+    """Per layer the input channels that nobody writes any more."""
+    inputs: dict[str, list[int]] = {}
+    for group, channels in dead:
+        for name, idxs in graph.inputs(group, channels).items():
+            inputs[name] = sorted({*inputs.get(name, ()), *idxs})
+    return inputs
+
+
 def _zero_channels(model: nn.Module, outputs: dict[str, list[int]]) -> None:
     """So that the channels emit zero: weights, biases, and what a norm without weights subtracts."""
     with torch.no_grad():
@@ -138,14 +147,18 @@ def _zero_channels(model: nn.Module, outputs: dict[str, list[int]]) -> None:
                     tensor[channels] = 0
 
 
-def _remap(masks: Masks, removed: dict[str, list[int]]) -> Masks:
-    """The masks of the cut network: rows of removed filters are gone, whole layers are dropped."""
+def _remap(masks: Masks, removed: dict[str, list[int]], unread: dict[str, list[int]]) -> Masks:
+    """The masks of the cut network: what belongs to removed filters and to inputs that nobody
+    writes is gone, and so are layers of which everything that is left is kept."""
     keep = {}
     for layer, mask_ in masks.keep.items():
-        left = torch.ones(mask_.shape[0], dtype=torch.bool, device=mask_.device)
-        left[removed.get(layer, [])] = False
-        if not mask_[left].all() or masks.unit == "stripe":
-            keep[layer] = mask_[left]
+        for axis, channels in enumerate((removed.get(layer, ()), unread.get(layer, ()))):
+            if channels and axis in UNIT_AXES[masks.unit]:
+                dim = UNIT_AXES[masks.unit].index(axis)
+                left = torch.tensor(sorted(set(range(mask_.shape[dim])) - set(channels)), device=mask_.device)
+                mask_ = mask_.index_select(dim, left)
+        if not mask_.all() or masks.unit == "stripe":
+            keep[layer] = mask_
     return Masks(masks.unit, keep, masks.requested)
 
 

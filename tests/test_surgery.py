@@ -13,7 +13,7 @@ from prune_cli.errors import StageError
 from prune_cli.hooks import Progress
 from prune_cli.layers.skeleton import SkeletonConv2d
 from prune_cli.layers.stripe import StripeConv2d
-from prune_cli.masks import Masks
+from prune_cli.masks import UNIT_AXES, Masks
 from prune_cli.method import KeepPruned
 from prune_cli.methods.stripe import StripePruning
 from prune_cli.metrics.macs import count_macs, count_parameters
@@ -36,6 +36,7 @@ NETWORKS = {
 }
 every_network = pytest.mark.parametrize(("target", "arguments"), NETWORKS.values(), ids=NETWORKS)
 both_units = pytest.mark.parametrize("unit", ["filter", "stripe"])
+every_unit = pytest.mark.parametrize("unit", list(UNIT_AXES))
 
 
 def images(model: nn.Module, count: int = 3) -> torch.Tensor:
@@ -60,20 +61,38 @@ def compared(model: nn.Module, masks: Masks) -> surgery.Cut:
 
 
 @every_network
-@both_units
+@every_unit
 def test_cut_is_masked(target, arguments, unit):
     model = network(target, **arguments)
     small = compared(model, random_masks(model, unit, kept=0.3))
     if unit == "stripe":
         assert any(isinstance(module, StripeConv2d) for module in small.model.modules())
-    assert count_parameters(small.model) < count_parameters(model) or unit == "filter"
+        assert count_parameters(small.model) < count_parameters(model)
     assert count_macs(small.model, model.input_shape) <= count_macs(model, model.input_shape)
+
+
+@pytest.mark.parametrize("unit", ["weight", "group"])
+@every_network
+def test_masks_follow_the_cut(target, arguments, unit):
+    """Filters that lost everything are gone, with the inputs that read them; what is held at zero
+    afterwards are the zeros of the cut network and nothing else."""
+    model = network(target, **arguments)
+    masks = random_masks(model, unit, kept=0.6)
+    if unit == "weight":
+        for keep in masks.keep.values():
+            keep[::2] = False
+    small = compared(model, masks)
+    assert unit == "group" or any(small.removed.values())
+    for name in masks.keep:
+        weight = small.model.get_submodule(name).weight
+        held = small.masks.of(name, weight) if name in small.masks.keep else torch.ones_like(weight, dtype=torch.bool)
+        assert torch.equal(held.expand_as(weight), weight != 0), name
 
 
 @settings(deadline=None, max_examples=15)
 @given(
     chosen=st.sampled_from(["ResNet B", "LeNet-5", "kernels", "concat", "biased sum", "tiny ResNet"]),
-    unit=st.sampled_from(["filter", "stripe"]),
+    unit=st.sampled_from(list(UNIT_AXES)),
     kept=st.floats(0, 0.9), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_cut_is_masked_whatever_is_chosen(chosen, unit, kept, seed):
