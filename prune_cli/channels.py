@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from prune_cli.layers.scatter import ScatterChannels
 from prune_cli.layers.shortcut import ShortcutA
 
 
@@ -24,7 +25,7 @@ class ChannelGroup:
                one where a residual sum couples them
     norms      names of the batch norms on them; after a concatenation a norm has further channels
     width      number of channels
-    removable  False where the network's output, a parameter-free shortcut or a grouped convolution
+    removable  False where the network's output, a parameter-free layer or a grouped convolution
                fixes the width, or where a layer mixes the channels (group norm), so that removing
                one would change the others
     """
@@ -76,6 +77,13 @@ class ChannelGraph:
         order; behind a flatten one channel is several inputs."""
         items = self._items(group, channels)
         return {self._names[dep.target.module]: list(idxs) for dep, idxs in items if self._is_input(dep)}
+
+    def own_norm(self, layer: str) -> str | None:
+        """The batch norm that reads this layer and no other, where nothing else reads the layer."""
+        readers = self._graph.module2node[self.model.get_submodule(layer)].outputs
+        if len(readers) != 1 or not isinstance(readers[0].module, _NormBase) or len(readers[0].inputs) != 1:
+            return None
+        return self._names[readers[0].module]
 
     def remove(self, group: ChannelGroup, channels: Sequence[int]) -> None:
         """Remove the channels from every layer that writes, normalises or reads them."""
@@ -139,21 +147,21 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _placeholders(model: nn.Module) -> Iterator[set[nn.Module]]:
-    """While tracing, a parameter-free shortcut is a convolution.
+    """While tracing, a parameter-free layer that moves channels is a convolution.
 
-    A tracer walks through slicing and padding as if channel i stayed channel i, and couples the
-    wrong layers without a word; a convolution is where it stops.
+    A tracer walks through slicing, padding and scattering as if channel i stayed channel i, and
+    couples the wrong layers without a word; a convolution is where it stops.
     """
-    swapped = {name: module for name, module in model.named_modules() if isinstance(module, ShortcutA)}
+    swapped = {name: m for name, m in model.named_modules() if isinstance(m, (ShortcutA, ScatterChannels))}
     stand_ins = set()
     like = next(model.parameters())
-    for name, shortcut in swapped.items():
-        conv = nn.Conv2d(shortcut.in_channels, shortcut.out_channels, 1, shortcut.stride, bias=False)
+    for name, mover in swapped.items():
+        conv = nn.Conv2d(mover.in_channels, mover.out_channels, 1, getattr(mover, "stride", 1), bias=False)
         conv = conv.to(device=like.device, dtype=like.dtype)
         stand_ins.add(conv)
         model.set_submodule(name, conv)
     try:
         yield stand_ins
     finally:
-        for name, shortcut in swapped.items():
-            model.set_submodule(name, shortcut)
+        for name, mover in swapped.items():
+            model.set_submodule(name, mover)

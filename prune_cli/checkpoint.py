@@ -1,8 +1,9 @@
 """A network as one self-contained file: safetensors with the recipe for its modules in the header.
 
 The header says how to build the dense network (`ModelSpec`) and what surgery changed: attributes
-of layers, and which layers became stripe convolutions. Both are plain data; loading builds the
-dense network, replays the surgery, and fills in the tensors. No pickle, no run folder.
+of layers, which layers became stripe convolutions, and behind which ones channels are scattered
+into a residual sum. All of it is plain data; loading builds the dense network, replays the surgery,
+and fills in the tensors. No pickle, no run folder.
 """
 
 import json
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prune_cli.errors import UserError
+from prune_cli.layers.scatter import ScatterChannels, scattered
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.models.spec import ModelSpec
 
@@ -26,10 +28,12 @@ WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features"
 def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> None:
     """Write `model`, which `spec` built and surgery may have cut, to `path`."""
     channels, resolution = model.input_shape[0], model.input_shape[1]
-    widths, stripes = {}, {}
+    widths, stripes, scatters = {}, {}, {}
     for name, module in model.named_modules():
         if isinstance(module, StripeConv2d):
             stripes[name] = {"in_channels": module.in_channels}
+        elif isinstance(module, ScatterChannels):
+            scatters[name.rpartition(".")[0]] = module.out_channels
         elif found := {a: getattr(module, a) for a in WIDTHS if isinstance(getattr(module, a, None), int)}:
             widths[name] = found
     header = {
@@ -38,6 +42,7 @@ def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> N
         "shape": {"channels": channels, "resolution": resolution, "classes": classes},
         "widths": widths,
         "stripes": stripes,
+        "scatters": scatters,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     save_file(tensors, path, metadata={"prune_cli": json.dumps(header)})
@@ -79,6 +84,10 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 def _rebuilt(header: dict, tensors: dict[str, Tensor]) -> nn.Module:
     """The dense network, the surgery replayed, the tensors filled in."""
     model = ModelSpec(**header["model"]).build(**header["shape"])
+    scatters = header.get("scatters", {})  # not in files from before there were any
+    for name in sorted(scatters, key=len):  # the outer one first
+        channels = tensors[f"{name}.scatter.channels"]
+        model.set_submodule(name, scattered(model.get_submodule(name), channels, scatters[name]))
     for name, width in header["widths"].items():
         for attribute, value in width.items():
             setattr(model.get_submodule(name), attribute, value)

@@ -1,5 +1,6 @@
 """The events of one training loop, and what a hook is told when they happen."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,18 @@ class Progress:
     steps: int
     travel: float
     weight_decay: float
+
+    def penalty_weight(self, strength: float) -> float:
+        """The weight of an L1 penalty under which an unused parameter goes from one to zero
+        `strength` times over the schedule.
+
+        Such a parameter s moves by ds = -(weight + weight decay * s) per unit of travel, so it is
+        zero after log(1 + weight decay / weight) / weight decay units: solved for the weight where
+        that is 1 / `strength` of the travel.
+        """
+        travel = self.travel / strength
+        decayed = min(self.weight_decay * travel, 700.0)  # exp of more overflows; the weight is nothing by then
+        return self.weight_decay / math.expm1(decayed) if decayed > 1e-6 else 1 / travel
 
 
 class TrainingHooks:

@@ -109,6 +109,7 @@ def _stage_result(made: Made, latency: tuple[Latency, ...]) -> StageResult:
         best_validation=best,
         best_epoch=None if best is None else curve.index(best) + 1,
         parameters=result["parameters"],
+        nonzero=result.get("nonzero"),  # not in artifacts made before it was counted
         macs=result["macs"],
         file_bytes=result["file_bytes"],
         latency=latency,

@@ -38,6 +38,7 @@ class StageResult:
     best_validation  highest of all epochs, reached after epoch `best_epoch` (the first is 1)
     parameters       numbers stored; macs: multiply-adds of one image; file_bytes: of the artifact
     seconds          spent when it was computed; cached: it came from the store this time
+    nonzero          of the parameters; None in records that were written before it was counted
     """
 
     stage: str
@@ -52,6 +53,7 @@ class StageResult:
     latency: tuple[Latency, ...] = ()
     seconds: float = 0.0
     cached: bool = False
+    nonzero: int | None = None
 
     def at(self, batch: int) -> Latency | None:
         """The latency at this batch size, None where it was not measured."""

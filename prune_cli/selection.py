@@ -12,6 +12,8 @@ from torch import Tensor
 from prune_cli.masks import Masks
 
 Scores = Mapping[str, Tensor]
+# Removed units this close to the kept ones (ratio of mean scores) were chosen by noise.
+SEPARATION = 0.5
 
 
 def keep_best(scores: Tensor) -> Tensor:
@@ -69,6 +71,19 @@ def select_threshold(scores: Scores, threshold: float, unit: str, requested: flo
             mask = keep_best(score)
         keep[layer] = mask
     return Masks(unit, keep, requested, _floor_note(floors, unit))
+
+
+def separation_note(scores: Scores, masks: Masks, trained: str) -> tuple[str, ...]:
+    """A sentence where training has not driven the removed units away from the kept ones, so that
+    their ranking is noise; `trained`: what the scores are, a word for the user."""
+    kept = torch.cat([scores[layer][keep] for layer, keep in masks.keep.items()])
+    removed = torch.cat([scores[layer][~keep] for layer, keep in masks.keep.items()])
+    if not len(removed) or removed.mean() <= SEPARATION * kept.mean():
+        return ()
+    return (
+        f"The {trained} has not separated: removed {masks.unit}s have a mean strength of {removed.mean():.3f}, "
+        f"kept ones {kept.mean():.3f}, so the ranking is noise; raise method.strength or train longer.",
+    )
 
 
 def _floor_note(layers: list[str], unit: str) -> tuple[str, ...]:

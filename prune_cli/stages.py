@@ -29,7 +29,7 @@ from prune_cli.hooks import TrainingHooks
 from prune_cli.journal import Journal
 from prune_cli.masks import Masks, random_like
 from prune_cli.metrics.accuracy import accuracy
-from prune_cli.metrics.macs import count_macs, count_parameters
+from prune_cli.metrics.macs import count_macs, count_nonzero, count_parameters
 from prune_cli.seeding import derive, seeded
 from prune_cli.settings import FitSettings, Precision
 from prune_cli.store import Artifact, Make, Partial, Store, key_of
@@ -223,6 +223,7 @@ def _describe(shop: Workshop, folder: Path, model: nn.Module, evaluated: nn.Modu
         "accuracy": accuracy(evaluated, shop.splits.test),
         "validation": None if validation is None else accuracy(evaluated, validation),
         "parameters": count_parameters(model),
+        "nonzero": count_nonzero(model),
         "macs": count_macs(model, model.input_shape),
         "file_bytes": path.stat().st_size,
     }

@@ -7,7 +7,9 @@
 
 A removed channel's batch norm constant is dropped, as the papers' code does: its scale and shift
 are zero in the masked network, which makes the removal exact. A channel of a residual sum goes only
-when every layer that writes it is masked there, and its constants go with it.
+when every layer that writes it is masked there. A filter of such a sum that dies alone goes too,
+with its entries of the norm that is its layer's own; the sum keeps its width, and a `ScatterChannels`
+puts the surviving channels back at their places.
 """
 
 import copy
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 
 from prune_cli.channels import ChannelGraph, ChannelGroup
 from prune_cli.errors import StageError
+from prune_cli.layers.scatter import scattered
 from prune_cli.layers.stripe import StripeConv2d
-from prune_cli.masks import Masks, dead_filters
+from prune_cli.masks import UNIT_AXES, Masks, dead_filters
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -38,11 +41,13 @@ class Cut:
     model    the smaller network
     masks    what must still be held at zero in it, in its own coordinates
     removed  per layer the output channels that are gone, in the old coordinates
+    renamed  new names of layers that got another one
     """
 
     model: nn.Module
     masks: Masks
     removed: dict[str, list[int]]
+    renamed: dict[str, str]
 
 
 def mask(model: nn.Module, masks: Masks) -> nn.Module:
@@ -50,29 +55,36 @@ def mask(model: nn.Module, masks: Masks) -> nn.Module:
     model = plain(model)
     _zero_units(model, masks)
     graph = ChannelGraph(model)
-    _zero_channels(model, _outputs_of(graph, _dead_channels(graph, masks)))
+    removed = _outputs_of(graph, _dead_channels(graph, masks))
+    _zero_channels(model, removed)
+    for gap in _gaps(graph, masks, removed):
+        _zero_channels(model, gap.outputs)
     return model
 
 
 def cut(model: nn.Module, masks: Masks) -> Cut:
     """A plain copy of the network without the removed units.
 
-    A channel goes when every layer that writes it is masked there; the others' dead filters stay
-    as zeros (filters inside a residual sum) or vanish as stripes.
+    Dead filters inside a residual sum go one by one, or as stripes; those of a grouped convolution
+    stay as zeros.
     """
     model = plain(model)
     _zero_units(model, masks)
     graph = ChannelGraph(model)
     dead = _dead_channels(graph, masks)
-    removed = _outputs_of(graph, dead)  # before any removal: in the old coordinates
+    removed, unread = _outputs_of(graph, dead), _inputs_of(graph, dead)  # before any removal: in the old coordinates
+    gaps = _gaps(graph, masks, removed)
     _zero_channels(model, removed)
     for group, channels in dead:
         graph.remove(group, channels)
-    remaining = _remap(masks, removed)
+    for gap in gaps:
+        _close(model, gap, removed.get(gap.layer, []))
+        removed |= {name: sorted({*removed.get(name, ()), *channels}) for name, channels in gap.outputs.items()}
+    remaining = _remap(masks, removed, unread)
     if masks.unit == "stripe":
         _pack_stripes(model, remaining)
         remaining = Masks(masks.unit, {}, masks.requested)
-    return Cut(model, remaining, removed)
+    return Cut(model, remaining, removed, {gap.last: f"{gap.last}.layer" for gap in gaps})
 
 
 @torch.no_grad()
@@ -89,9 +101,10 @@ def verify(masked: nn.Module, small: Cut, tolerance: float = 1e-4) -> None:
     # cuDNN's TensorFloat-32 alone would make the two forms of a layer differ by 1e-3.
     with torch.backends.cudnn.flags(enabled=False):
         expected, found = _outputs(masked, x), _outputs(small.model, x)
-    for name, reference in expected.items():
-        kept = sorted(set(range(reference.shape[1])) - set(small.removed.get(name, ())))
-        where = f"The cut network differs from the masked one: {name or 'the output'}"
+    for old, reference in expected.items():
+        name = small.renamed.get(old, old)
+        kept = sorted(set(range(reference.shape[1])) - set(small.removed.get(old, ())))
+        where = f"The cut network differs from the masked one: {old or 'the output'}"
         if name not in found or reference[:, kept].shape != found[name].shape:
             raise StageError(f"{where} has another shape than the masks say")
         difference = _difference(reference[:, kept], found[name])
@@ -119,6 +132,60 @@ def _dead_channels(graph: ChannelGraph, masks: Masks) -> list[tuple[ChannelGroup
     return found
 
 
+@dataclass(frozen=True)
+class _Gap:
+    """Filters that die while another layer goes on writing their channels.
+
+    layer     their convolution
+    norm      the norm that is its own, None where there is none
+    channels  which filters
+    """
+
+    layer: str
+    norm: str | None
+    channels: list[int]
+
+    @property
+    def last(self) -> str:
+        """The layer behind which the surviving channels are put back."""
+        return self.norm or self.layer
+
+    @property
+    def outputs(self) -> dict[str, list[int]]:
+        return {name: self.channels for name in (self.layer, self.norm) if name is not None}
+
+
+def _gaps(graph: ChannelGraph, masks: Masks, removed: dict[str, list[int]]) -> list[_Gap]:
+    """The dead filters that are not `removed` with their whole channel; of every layer one stays."""
+    found = []
+    for layer in masks.keep if masks.unit == "filter" else ():
+        module = graph.model.get_submodule(layer)
+        if not isinstance(module, nn.Conv2d) or module.groups > 1:
+            continue
+        gone = removed.get(layer, [])
+        dead = [c for c in dead_filters(masks, layer, module).nonzero().flatten().tolist() if c not in gone]
+        if channels := dead[: module.out_channels - len(gone) - 1]:
+            found.append(_Gap(layer, graph.own_norm(layer), channels))
+    return found
+
+
+@torch.no_grad()
+def _close(model: nn.Module, gap: _Gap, removed: list[int]) -> None:
+    """Take the gap's filters out, and put the others back at their places in the sum, from which
+    the `removed` channels are gone already."""
+    width = [c for c in range(model.get_submodule(gap.layer).weight.shape[0] + len(removed)) if c not in removed]
+    kept = torch.tensor([place for place, c in enumerate(width) if c not in gap.channels])
+    for name in gap.outputs:
+        module = model.get_submodule(name)
+        for attribute in ("weight", "bias", "running_mean", "running_var"):
+            if (tensor := getattr(module, attribute, None)) is not None:
+                rest = tensor[kept.to(tensor.device)]
+                setattr(module, attribute, nn.Parameter(rest) if isinstance(tensor, nn.Parameter) else rest)
+        setattr(module, "out_channels" if name == gap.layer else "num_features", len(kept))
+    last = model.get_submodule(gap.last)
+    model.set_submodule(gap.last, scattered(last, kept.to(next(model.parameters()).device), len(width)))
+
+
 def _outputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]]) -> dict[str, list[int]]:
     """Per layer the output channels that are among the dead ones of any group."""
     outputs: dict[str, list[int]] = {}
@@ -126,6 +193,15 @@ def _outputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]])
         for name, idxs in graph.outputs(group, channels).items():
             outputs[name] = sorted({*outputs.get(name, ()), *idxs})
     return outputs
+
+
+def _inputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]]) -> dict[str, list[int]]:
+    """Per layer the input channels that nobody writes any more."""
+    inputs: dict[str, list[int]] = {}
+    for group, channels in dead:
+        for name, idxs in graph.inputs(group, channels).items():
+            inputs[name] = sorted({*inputs.get(name, ()), *idxs})
+    return inputs
 
 
 def _zero_channels(model: nn.Module, outputs: dict[str, list[int]]) -> None:
@@ -138,14 +214,18 @@ def _zero_channels(model: nn.Module, outputs: dict[str, list[int]]) -> None:
                     tensor[channels] = 0
 
 
-def _remap(masks: Masks, removed: dict[str, list[int]]) -> Masks:
-    """The masks of the cut network: rows of removed filters are gone, whole layers are dropped."""
+def _remap(masks: Masks, removed: dict[str, list[int]], unread: dict[str, list[int]]) -> Masks:
+    """The masks of the cut network: what belongs to removed filters and to inputs that nobody
+    writes is gone, and so are layers of which everything that is left is kept."""
     keep = {}
     for layer, mask_ in masks.keep.items():
-        left = torch.ones(mask_.shape[0], dtype=torch.bool, device=mask_.device)
-        left[removed.get(layer, [])] = False
-        if not mask_[left].all() or masks.unit == "stripe":
-            keep[layer] = mask_[left]
+        for axis, channels in enumerate((removed.get(layer, ()), unread.get(layer, ()))):
+            if channels and axis in UNIT_AXES[masks.unit]:
+                dim = UNIT_AXES[masks.unit].index(axis)
+                left = torch.tensor(sorted(set(range(mask_.shape[dim])) - set(channels)), device=mask_.device)
+                mask_ = mask_.index_select(dim, left)
+        if not mask_.all() or masks.unit == "stripe":
+            keep[layer] = mask_
     return Masks(masks.unit, keep, masks.requested)
 
 

@@ -116,6 +116,22 @@ def test_a_loaded_network_can_be_saved_trained_and_cut_again(tmp_path):
     surgery.verify(surgery.mask(loaded, masks), surgery.cut(loaded, masks))
 
 
+def test_scattered_channels_come_back(tmp_path):
+    """Also where a network was cut twice, and from a file of before there were any."""
+    target, arguments, *_ = NETWORKS["ResNet A"]
+    model = network(target, 3, 9, classes=4, **arguments)
+    for seed in (0, 1):
+        model = surgery.cut(model, random_masks(model, "filter", kept=0.6, seed=seed)).model.eval()
+        save_model(tmp_path / "model", model, ModelSpec("ResNet A", target, arguments), classes=4)
+        loaded = load_model(tmp_path / "model")
+        assert repr(loaded) == repr(model)
+        x = torch.randn(2, 3, 9, 9)
+        assert torch.equal(loaded(x), model(x))
+    saved(tmp_path / "old", "ResNet A", "dense")
+    edited(tmp_path / "old", header=lambda h: h.pop("scatters"))
+    load_model(tmp_path / "old")
+
+
 def test_channels_last_weights(tmp_path):
     """The trainer leaves them so, and safetensors refuses them."""
     model = network(RESNET, depth=20).to(memory_format=torch.channels_last)
@@ -188,6 +204,7 @@ def edited(path: Path, header=lambda h: None, tensors=lambda t: None) -> None:
         (lambda h: h.pop("widths"), lambda t: None),
         (lambda h: h["model"].update(surprise=1), lambda t: None),
         (lambda h: h["model"]["arguments"].update(depth=56), lambda t: None),
+        (lambda h: h["scatters"].update(nowhere=3), lambda t: None),
         (lambda h: h["widths"].update(nowhere={"in_channels": 3}), lambda t: None),
         (lambda h: None, lambda t: t.pop("fc.weight")),
         (lambda h: None, lambda t: t.update(surprise=torch.zeros(1))),

@@ -73,6 +73,15 @@ def test_round_trip_is_exact(tmp_path, written):
     assert Record.read(tmp_path / "record.json") == written
 
 
+def test_a_record_from_before_zeros_were_counted(tmp_path):
+    path = tmp_path / "record.json"
+    record(result("dense")).write(path)
+    values = json.loads(path.read_text())
+    del values["stages"][0]["nonzero"]
+    path.write_text(json.dumps(values))
+    assert Record.read(path) == record(result("dense"))
+
+
 def test_write_leaves_the_old_record_when_it_fails(tmp_path):
     path = tmp_path / "new" / "record.json"
     record(result("dense")).write(path)

@@ -49,6 +49,16 @@ def shown(record: Record, width: int, paths=None) -> str:
     return console.file.getvalue()
 
 
+def test_zeros_have_a_column_where_there_are_some():
+    assert "nonzero" not in markdown(RECORD)
+    stages = [dataclasses.replace(r, nonzero=r.parameters // 4) for r in RECORD.stages if r.stage != "sparse"]
+    sparse = dataclasses.replace(RECORD, stages=(*stages, RECORD.stage("sparse")))
+    assert markdown(sparse).count(" 25.00 |") == 4
+    assert "nonzero %" in markdown(sparse)
+    full = [dataclasses.replace(r, nonzero=r.parameters - 8) for r in RECORD.stages]
+    assert "nonzero" not in markdown(dataclasses.replace(RECORD, stages=tuple(full)))
+
+
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
 def test_nothing_is_truncated(width):
     text = shown(RECORD, width)

@@ -10,11 +10,10 @@ from toys import network, random_masks
 
 from prune_cli import surgery
 from prune_cli.errors import StageError
-from prune_cli.hooks import Progress
+from prune_cli.layers.scatter import ScatterChannels
 from prune_cli.layers.skeleton import SkeletonConv2d
 from prune_cli.layers.stripe import StripeConv2d
-from prune_cli.masks import Masks
-from prune_cli.method import KeepPruned
+from prune_cli.masks import UNIT_AXES, Masks
 from prune_cli.methods.stripe import StripePruning
 from prune_cli.metrics.macs import count_macs, count_parameters
 
@@ -36,6 +35,7 @@ NETWORKS = {
 }
 every_network = pytest.mark.parametrize(("target", "arguments"), NETWORKS.values(), ids=NETWORKS)
 both_units = pytest.mark.parametrize("unit", ["filter", "stripe"])
+every_unit = pytest.mark.parametrize("unit", list(UNIT_AXES))
 
 
 def images(model: nn.Module, count: int = 3) -> torch.Tensor:
@@ -60,20 +60,38 @@ def compared(model: nn.Module, masks: Masks) -> surgery.Cut:
 
 
 @every_network
-@both_units
+@every_unit
 def test_cut_is_masked(target, arguments, unit):
     model = network(target, **arguments)
     small = compared(model, random_masks(model, unit, kept=0.3))
     if unit == "stripe":
         assert any(isinstance(module, StripeConv2d) for module in small.model.modules())
-    assert count_parameters(small.model) < count_parameters(model) or unit == "filter"
+        assert count_parameters(small.model) < count_parameters(model)
     assert count_macs(small.model, model.input_shape) <= count_macs(model, model.input_shape)
+
+
+@pytest.mark.parametrize("unit", ["weight", "group"])
+@every_network
+def test_masks_follow_the_cut(target, arguments, unit):
+    """Filters that lost everything are gone, with the inputs that read them; what is held at zero
+    afterwards are the zeros of the cut network and nothing else."""
+    model = network(target, **arguments)
+    masks = random_masks(model, unit, kept=0.6)
+    if unit == "weight":
+        for keep in masks.keep.values():
+            keep[::2] = False
+    small = compared(model, masks)
+    assert unit == "group" or any(small.removed.values())
+    for name in masks.keep:
+        weight = small.model.get_submodule(name).weight
+        held = small.masks.of(name, weight) if name in small.masks.keep else torch.ones_like(weight, dtype=torch.bool)
+        assert torch.equal(held.expand_as(weight), weight != 0), name
 
 
 @settings(deadline=None, max_examples=15)
 @given(
     chosen=st.sampled_from(["ResNet B", "LeNet-5", "kernels", "concat", "biased sum", "tiny ResNet"]),
-    unit=st.sampled_from(["filter", "stripe"]),
+    unit=st.sampled_from(list(UNIT_AXES)),
     kept=st.floats(0, 0.9), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_cut_is_masked_whatever_is_chosen(chosen, unit, kept, seed):
@@ -122,20 +140,58 @@ def test_norms_keep_the_statistics_of_their_channels():
         assert torch.equal(getattr(small, name), getattr(model.features[4], name)[keep])
 
 
-def test_filters_inside_a_residual_sum_stay_as_zeros():
-    """Their batch norm goes on emitting its constant; fine-tuning leaves the zeros alone."""
+def test_a_filter_that_dies_alone_in_a_residual_sum_is_gone():
+    """With its entries of its own norm, constant and all; the others return to their places."""
     model = network("tiny.TinyResNet")
     keep = torch.tensor([True, False] * 4)
     small = compared(model, Masks("filter", {"block1.conv2": keep}, 0.5))
-    conv, norm = small.model.block1.conv2, small.model.block1.bn2
-    assert not conv.weight[~keep].any()
-    assert conv.weight[keep].any()
-    assert torch.equal(norm.bias, model.block1.bn2.bias)
-    assert torch.equal(small.masks.keep["block1.conv2"], keep)
-    conv.weight.data += 1
-    KeepPruned(small.masks).after_step(small.model, Progress(0, 1, 0, 1, 1.0, 0.0))
-    assert not conv.weight[~keep].any()
-    assert conv.weight[keep].all()
+    block, norm = small.model.block1, small.model.block1.bn2.layer
+    assert small.masks.keep == {}
+    assert torch.equal(block.conv2.weight, model.block1.conv2.weight[keep])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(getattr(norm, name), getattr(model.block1.bn2, name)[keep])
+    assert block.bn2.scatter.channels.tolist() == [0, 2, 4, 6]
+    assert small.removed == {"block1.conv2": [1, 3, 5, 7], "block1.bn2": [1, 3, 5, 7]}
+    with torch.no_grad():
+        sums = block.bn2(block.conv2(torch.randn(2, 8, 8, 8)))
+    assert sums.shape[1] == 8
+    assert not sums[:, 1::2].any()
+    saved = count_parameters(model) - count_parameters(small.model)
+    assert saved == 4 * (8 * 9 + 2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channels_return_to_their_places(layout):
+    x = torch.randn(2, 3, 4, 5).to(memory_format=layout).requires_grad_()
+    y = ScatterChannels(torch.tensor([4, 0, 2]), 6)(x)
+    assert y.is_contiguous(memory_format=layout)
+    assert torch.equal(y[:, [4, 0, 2]], x)
+    assert not y[:, [1, 3, 5]].any()
+    y.square().sum().backward()
+    assert torch.equal(x.grad, 2 * x)
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+@torch.no_grad()
+def test_independent_filters_of_every_convolution_of_a_resnet(shortcut):
+    """The naive index-free cut of such a network answers at random; masks of all convolutions at
+    half rate go through sums, subsampling shortcuts and stems."""
+    model = network(RESNET, depth=20, shortcut=shortcut)
+    masks = random_masks(model, "filter", kept=0.5)
+    small = compared(model, masks)
+    for name, keep in masks.keep.items():
+        assert small.model.get_submodule(name).out_channels == int(keep.sum()), name
+    assert count_macs(small.model, model.input_shape) < 0.55 * count_macs(model, model.input_shape)
+
+
+def test_a_network_with_scattered_channels_is_cut_again():
+    """Whichever unit comes second, and also the same filters once more."""
+    model = network(RESNET, depth=20, shortcut="A")
+    for unit in ("filter", "stripe", "filter", "weight", "group"):
+        masked = compared(model, random_masks(model, unit, kept=0.6))
+        if unit == "filter":
+            model = masked.model
+    assert all(torch.equal(t, t.round()) for n, t in model.state_dict().items() if n.endswith(".channels"))
 
 
 @pytest.mark.parametrize("target", ["tiny.TinyResNet", "toys.BiasedSum"])
@@ -149,19 +205,22 @@ def test_a_channel_of_a_residual_sum_goes_when_all_its_writers_lose_it(target, u
         masks.keep[writer][[0, 3, n + 4]] = False  # 0 and 3 in both, another one in each
     small = compared(model, masks)
     for n, writer in enumerate(writers):
-        assert small.removed[writer] == [0, 3]
-        assert small.model.get_submodule(writer).weight.shape[0] == model.get_submodule(writer).weight.shape[0] - 2
-        if unit == "filter":
-            dead = (~small.masks.keep[writer]).nonzero().flatten().tolist()
-            assert dead == [n + 4 - 2]
+        alone = [n + 4] if unit == "filter" else []  # a dead filter's stripes are gone, its constants stay
+        assert small.removed[writer] == [0, 3, *alone]
+        layer = small.model.get_submodule(small.renamed.get(writer, writer))
+        assert len(layer.weight) == len(masks.keep[writer]) - 2 - len(alone)
 
 
 @both_units
-def test_a_dead_layer_in_a_residual_sum_still_emits_its_bias(unit):
+def test_a_dead_layer_in_a_residual_sum(unit):
+    """As stripes it still emits its bias; of filters, which take their bias along, one stays."""
     model = network("toys.BiasedSum")
     masks = random_masks(model, unit, kept=1.0, only=("outer",))
     masks.keep["outer"][:] = False
     small = compared(model, masks).model
+    if unit == "filter":
+        assert small.outer.layer.weight.shape == (1, 7, 3, 3)
+        return
     assert torch.equal(small.outer.bias, model.outer.bias)
     assert not small.outer.weight.any()
     assert small.outer.weight.shape == (6, 7, 3, 3)

@@ -4,7 +4,7 @@ import torch
 from tiny import randomise
 from torch import Tensor, nn
 
-from prune_cli.masks import Masks
+from prune_cli.masks import UNIT_AXES, Masks
 from prune_cli.models.spec import ModelSpec
 
 
@@ -101,8 +101,7 @@ def random_masks(model: nn.Module, unit: str, kept: float, seed: int = 0, only: 
     keep = {}
     for name, module in model.named_modules():
         if name in only or (not only and isinstance(module, nn.Conv2d) and module.groups == 1):
-            weight = module.weight
-            shape = (len(weight), *weight.shape[2:]) if unit == "stripe" else (len(weight),)
+            shape = [size for axis, size in enumerate(module.weight.shape) if axis in UNIT_AXES[unit]]
             keep[name] = torch.rand(shape, generator=generator) < kept
             keep[name].view(-1)[int(torch.randint(keep[name].numel(), (), generator=generator))] = True
     return Masks(unit, keep, 1 - kept)

@@ -13,11 +13,8 @@ from prune_cli.hooks import Progress
 from prune_cli.layers.skeleton import SkeletonConv2d
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
-from prune_cli.selection import keep_best, select_global, select_threshold
+from prune_cli.selection import keep_best, select_global, select_threshold, separation_note
 from prune_cli.settings import NonNegative, Positive
-
-# Removed stripes this close to the kept ones (ratio of mean |skeleton|) were chosen by noise.
-SEPARATION = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +65,8 @@ class StripePruning(PruningMethod):
         return {"skeleton_l1": self.penalty_weight(progress) * skeletons.abs().sum()}
 
     def penalty_weight(self, progress: Progress) -> float:
-        """alpha. An unused skeleton value s moves by ds = -(alpha + weight decay * s) per unit of
-        travel, so it is zero after log(1 + weight decay / alpha) / weight decay units: solved for
-        alpha where that is 1 / strength of the schedule's travel."""
-        if self.alpha is not None:
-            return self.alpha
-        travel = progress.travel / self.strength
-        decayed = min(progress.weight_decay * travel, 700.0)  # exp of more overflows; alpha is nothing by then
-        return progress.weight_decay / math.expm1(decayed) if decayed > 1e-6 else 1 / travel
+        """alpha, or what the schedule makes of `strength`."""
+        return progress.penalty_weight(self.strength) if self.alpha is None else self.alpha
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, progress: Progress) -> None:
@@ -93,14 +84,7 @@ class StripePruning(PruningMethod):
         if self.select == "threshold":
             return select_threshold(scores, self.threshold, self.unit, requested=ratio)
         masks = select_global(scores, ratio, self.unit)
-        kept = torch.cat([scores[name][keep] for name, keep in masks.keep.items()])
-        removed = torch.cat([scores[name][~keep] for name, keep in masks.keep.items()])
-        if len(removed) and removed.mean() > SEPARATION * kept.mean():
-            return masks.with_notes(
-                f"The skeleton has not separated: removed stripes have a mean strength of {removed.mean():.3f}, "
-                f"kept ones {kept.mean():.3f}, so the ranking is noise; raise method.strength or train longer."
-            )
-        return masks
+        return masks.with_notes(*separation_note(scores, masks, "skeleton"))
 
     def watch(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: (layer.skeleton.detach() * layer.alive).abs() for name, layer in _skeletons(model).items()}

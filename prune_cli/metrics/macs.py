@@ -55,6 +55,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_nonzero(model: nn.Module) -> int:
+    """Elements of all Parameters that are not zero: what a sparse format would store."""
+    return int(sum(parameter.count_nonzero() for parameter in model.parameters()))
+
+
 def dense_macs(layer: nn.Module, output: Tensor) -> int:
     """Outputs of one image x weights that each of them meets.
 

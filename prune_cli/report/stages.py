@@ -19,6 +19,7 @@ ORDER = ("dense", "sparse", "pruned", "random", "finetuned")
 LABELS = {"random": "random selection,\nsame ratio"}  # the control, not a stage of the method
 ENDINGS = {"failed": "failed", "interrupted": "was interrupted"}  # of a run, by its status
 MISSING = "–"
+DENSE = 0.99  # fraction of nonzero parameters from which a network is not called sparse
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,16 @@ def _columns(record: Record) -> list[Column]:
     def speedup(batch):
         return column(f"speedup\nbatch {batch}", lambda r: _factor(measured_speedup(record, r, batch)), timed=batch)
 
+    def nonzero(result):
+        return MISSING if result.nonzero is None else _percent(result.nonzero / result.parameters)
+
+    # Networks that are smaller rather than sparse have next to no zeros: nothing to show.
+    sparse = any(r.nonzero is not None and r.nonzero < DENSE * r.parameters for r in rows)
     return [
         column("stage", lambda r: LABELS.get(r.stage, r.stage)),
         column("top-1\n%", lambda r: _percent(r.accuracy)),
         column("params", lambda r: _scaled(r.parameters)),
+        *([column("nonzero\n%", nonzero)] if sparse else []),
         column("MACs", lambda r: _scaled(r.macs)),
         column("file\nsize", lambda r: _scaled(r.file_bytes, "B")),
         column("speedup\ntheory", lambda r: _factor(theoretical_speedup(record, r))),

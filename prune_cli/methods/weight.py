@@ -1,0 +1,57 @@
+"""Magnitude pruning: "Learning both Weights and Connections for Efficient Neural Networks" (Han et al., NIPS 2015)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from prune_cli.errors import UserError
+from prune_cli.masks import Masks
+from prune_cli.method import PruningMethod, selection_field
+from prune_cli.selection import select_global, select_local
+from prune_cli.settings import Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPruning(PruningMethod):
+    """Removes single weights, those with the smallest absolute value. The network keeps its shape
+    and its MACs, unless whole filters lose every weight; what falls is the number of nonzero
+    parameters. Biases and batch norms are left alone.
+
+    layers     `conv`: convolutions only, as "Rethinking the Value of Network Pruning" (Liu et al.,
+               ICLR 2019) and the deep networks of the lottery ticket paper have it; `all`: linear
+               layers too. In a network without convolutions both mean the linear layers
+    scope      `global` ranks all weights together; `local` removes the same fraction of every layer
+    last_rate  the last layer loses this much of the fraction that the others lose (Frankle & Carbin,
+               "The Lottery Ticket Hypothesis", ICLR 2019, figure 2: a half); needs scope=local
+    """
+
+    unit: ClassVar[str] = "weight"
+    scope: Literal["global", "local"] = selection_field(default="global")
+    finetune: bool = selection_field(default=True)
+    layers: Literal["conv", "all"] = selection_field(default="conv")
+    last_rate: Fraction = selection_field(default=1.0)
+
+    def prune(self, model: nn.Module, ratio: float) -> Masks:
+        scores = {name: layer.weight.detach().abs() for name, layer in self._layers(model).items()}
+        if self.scope == "global":
+            if self.last_rate != 1:
+                raise UserError("method.last_rate: belongs to method.scope=local; a global ranking has no rate per layer")
+            return select_global(scores, ratio, self.unit)
+        ratios = dict.fromkeys(scores, ratio)
+        if (last := list(_weighted(model))[-1]) in ratios:
+            ratios[last] *= self.last_rate
+        requested = sum(ratios[name] * s.numel() for name, s in scores.items()) / sum(s.numel() for s in scores.values())
+        return select_local(scores, ratios, self.unit, requested)
+
+    def _layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        layers = _weighted(model)
+        if not layers:
+            raise UserError("method=weight: the model has neither convolutions nor linear layers")
+        convolutions = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Linear)}
+        return convolutions if convolutions and self.layers == "conv" else layers
+
+
+def _weighted(model: nn.Module) -> dict[str, nn.Module]:
+    """Convolutions and linear layers by name, in the model's order."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
