@@ -12,8 +12,9 @@ from torch import Tensor
 from prune_cli.masks import Masks
 
 Scores = Mapping[str, Tensor]
-# Removed units this close to the kept ones (ratio of mean scores) were chosen by noise.
-SEPARATION = 0.5
+# Mean score of the removed units over that of the kept ones. Where training has separated them it
+# is 0.00; at 0.48, measured on the digits, removing half of the stripes left 11 to 43 % of 98 %.
+SEPARATION = 0.1
 
 
 def keep_best(scores: Tensor) -> Tensor:

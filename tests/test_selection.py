@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prune_cli.masks import UNIT_AXES, Masks, dead_filters, random_like
-from prune_cli.selection import keep_best, select_global, select_local, select_threshold
+from prune_cli.selection import keep_best, select_global, select_local, select_threshold, separation_note
 
 ALMOST_ALL = 0.9999999
 ratios = st.one_of(st.sampled_from([0.0, 0.5, 0.9, ALMOST_ALL]), st.floats(0, 1, exclude_max=True))
@@ -218,3 +218,14 @@ def test_masks_of_nothing(tmp_path):
     Masks("filter", {}, 0.5).save(tmp_path / "masks.safetensors")
     masks = Masks.load(tmp_path / "masks.safetensors")
     assert (masks.keep, masks.total, masks.obtained) == ({}, 0, 0.0)
+
+
+def test_half_separated_scores_are_called_noise():
+    """Measured: at a strength of 0.95 removed stripes stood at 0.48 of the kept ones on average, and
+    removing them took the digits from 98 % to between 11 and 43 %."""
+    spread_out = torch.linspace(0.02, 0.1, 200)
+    masks = select_global({"conv": spread_out}, 0.5, "stripe")
+    assert spread_out[~masks.keep["conv"]].mean() < 0.55 * spread_out[masks.keep["conv"]].mean()
+    assert separation_note({"conv": spread_out}, masks, "skeleton")
+    apart = torch.cat([torch.zeros(100), torch.linspace(0.05, 0.1, 100)])
+    assert not separation_note({"conv": apart}, select_global({"conv": apart}, 0.5, "stripe"), "skeleton")
