@@ -56,16 +56,19 @@ def _latency(shop: Workshop, made: list[Made]) -> dict[str, tuple[Latency, ...]]
     """Measured once per set of artifacts and machine; the control is as fast as what it controls."""
     timed = [m for m in made if m.stage != "random"]
     where = fingerprint(machine(str(shop.device)))
-    seconds = shop.experiment.runtime.latency_seconds
-    settings = {"artifacts": {m.stage: m.artifact.key for m in timed}, "machine": where, "batches": BATCHES}
+    seconds, kernel = shop.experiment.runtime.latency_seconds, shop.experiment.runtime.kernel
+    artifacts = {m.stage: m.artifact.key for m in timed}
+    if not seconds:
+        return {}
+    settings = {"artifacts": artifacts, "machine": where, "batches": BATCHES, "kernel": kernel}
 
     def make(folder: Path, _) -> dict:
         models = {m.stage: shop.trained(m.artifact) for m in timed}
         shape = models["dense"].input_shape
-        found = measure(models, shape, BATCHES, seconds, shop.device)
+        found = measure(models, shape, BATCHES, seconds, shop.device, kernel)
         return {stage: [asdict(latency) for latency in latencies] for stage, latencies in found.items()}
 
-    artifact, _ = shop.store.produce("latency", key_of("latency", 1, settings), settings, make)
+    artifact, _ = shop.store.produce("latency", key_of("latency", 2, settings), settings, make)
     return {stage: tuple(Latency(**row) for row in rows) for stage, rows in artifact.result.items()}
 
 

@@ -24,12 +24,13 @@ LAYERS = [
     ["trainer"],
     ["method"],
     ["surgery"],
-    ["store", "journal", "report", "environment", "checkpoint", "metrics"],
+    ["store", "journal", "report", "checkpoint", "metrics"],
+    ["inference"],
     ["record", "selection", "criteria", "channels", "hooks"],
     ["models"],
     ["masks", "layers", "datasets"],
     ["kernels"],
-    ["settings", "seeding", "targets", "vision"],
+    ["environment", "settings", "seeding", "targets", "timing", "vision"],
     ["errors"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
