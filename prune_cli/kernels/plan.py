@@ -110,7 +110,16 @@ def can_compile(required: bool = False) -> bool:
 
 
 def _tunings(operation: Operation, x: Tensor) -> list[Tuning]:
-    return [Tuning(0, 0, 64, 64, 1), Tuning(0, 0, 128, 64, 1), Tuning(0, 1, 256, 16, 1), Tuning(1, 0, 16, 64, 1)]
+    """Few enough to be measured in a moment; each is the best for some layer of VGG-16 or ResNet-56."""
+    threads = torch.get_num_threads()
+    height, width = operation.output_size(*x.shape[2:])
+    found = [Tuning(0, 0, 128, 64, 1), Tuning(0, 0, 256, 64, 1), Tuning(0, 1, 512, 16, 1), Tuning(0, 0, 1024, 16, 1)]
+    if len(x) * height * width <= 1024:  # too few tiles for all threads: they share the filters
+        found = [Tuning(0, 0, tile, 64, parts) for tile in (64, 128) for parts in (1, threads) if parts <= operation.filters]
+    if len(x) >= 8:
+        parts = max(1, min(operation.filters // 32, 2 * threads))
+        found += [Tuning(1, 0, 16, 64, parts), Tuning(1, 0, 32, 64, 1), Tuning(1, 0, 4, 128, parts)]
+    return list(dict.fromkeys(found))
 
 
 @cache

@@ -1,97 +1,138 @@
-// Pixels are the lanes. Every image is a row of padded pixels, the images one behind the other; images
-// and rows share their zero padding, so that a kernel position is an offset. A stride splits the
-// padded image into stride_h x stride_w phases, in each of which it is an offset again.
+// Pixels are the lanes. The output pixels of all images form one row; a tile is a part of it. The input is
+// laid beside it once per column of the kernel (and per row of the stride), shifted so that a kernel
+// position is a whole number of image rows away: registers are loaded where cache lines begin, and the
+// padding to the left and right costs nothing. Images share the rows of padding between them.
 #pragma once
 #include "micro.h"
 
 struct PixelGrid {
-    int64_t width, height;  // of a padded image in one phase, shared padding counted once
-    int64_t halo;           // pixels that the last position reads behind a tile
-    int64_t phases, length; // length: pixels of all images
+    int64_t width, height;  // of an image, with the rows of padding that are not shared with the next one
+    int64_t rows, images;   // of a tile: some rows of one image, or all rows of several
+    int64_t tiles;          // that make up one image, or `images` of them
+    int64_t length;         // pixels of a tile, whole register blocks
+    int64_t halo;           // pixels that the last row of the kernel reads behind a tile
+    int64_t planes;         // shifted copies of the input
 
-    PixelGrid(const Shape& s, const Images& im) {
-        const int64_t reach_w = (s.kernel_w - 1) / s.stride_w, reach_h = (s.kernel_h - 1) / s.stride_h;
-        const int64_t shared_w = s.stride_w == 1 ? std::min(s.padding_w, s.kernel_w - 1) : 0;
-        const int64_t shared_h = s.stride_h == 1 ? std::min(s.padding_h, s.kernel_h - 1) : 0;
-        width = im.out_width + reach_w - shared_w;
-        height = im.out_height + reach_h - shared_h;
-        halo = (reach_h * width + reach_w + LANES - 1) / LANES * LANES;
-        phases = s.stride_h * s.stride_w;
-        length = im.number * height * width;
+    PixelGrid(const Shape& s, const Images& im, int64_t pixels, int64_t block) {
+        const int64_t reach = (s.kernel_h - 1) / s.stride_h;
+        const int64_t shared = s.stride_h == 1 ? std::min(s.padding_h, s.kernel_h - 1) : 0;
+        width = im.out_width;
+        height = im.out_height + reach - shared;
+        images = std::clamp<int64_t>(pixels / (height * width), 1, im.number);
+        rows = images > 1 ? images * height : std::clamp<int64_t>(pixels / width, 1, im.out_height);
+        tiles = images > 1 ? 1 : (im.out_height + rows - 1) / rows;
+        length = (rows * width + block - 1) / block * block;
+        halo = (reach * width + LANES - 1) / LANES * LANES;
+        planes = s.stride_h * s.kernel_w;
     }
 };
 
-// A run of pixels in the tile: copied from `source` (-1: zeros).
-struct Run { int64_t at, source, length; };
+// LANES pixels of a plane, or those of them that `lanes` names: they lie beside each other in the input
+// (stride_w apart) from `source` on, even where a row of the image ends. Pixels of no piece are zero.
+struct Piece {
+    int64_t at, source;  // in the plane, and in the input from its first number
+    uint32_t lanes;
+    bool first;          // of those that fill the register at `at`
+};
 
-// The runs of pixels [first, first + length) of one phase; `source` counts from the image's first pixel.
-static void find_runs(std::vector<Run>& runs, const PixelGrid& grid, const Shape& s, const Images& im,
-                      int64_t phase, int64_t first, int64_t length) {
-    runs.clear();
-    const int64_t a = phase / s.stride_w, b = phase % s.stride_w;
-    const int64_t low = s.padding_w > b ? (s.padding_w - b + s.stride_w - 1) / s.stride_w : 0;
-    const int64_t high = (im.width - 1 + s.padding_w - b >= 0) ? (im.width - 1 + s.padding_w - b) / s.stride_w + 1 : 0;
-    const int64_t from = std::min(low, grid.width), to = std::min(high, grid.width);
-    int64_t at = 0;
-    auto zeros = [&](int64_t n) {
-        if (n > 0) { runs.push_back({at, -1, n}); at += n; }
-    };
-    while (at < length) {
-        const int64_t pixel = first + at, row = pixel / grid.width, column = pixel % grid.width;
-        const int64_t image = row / grid.height, r = row % grid.height, left = std::min(grid.width - column, length - at);
-        const int64_t h = r * s.stride_h + a - s.padding_h;
-        if (image >= im.number) { zeros(length - at); break; }
-        const int64_t begin = std::max(column, from), end = std::min(column + left, to);
-        if (h < 0 || h >= im.height || begin >= end) { zeros(left); continue; }
-        zeros(begin - column);
-        const int64_t w = begin * s.stride_w + b - s.padding_w;
-        const int64_t plane = im.height * im.width;
-        const int64_t source = im.channels_last ? (image * plane + h * im.width + w) * s.channels
-                                                : image * s.channels * plane + h * im.width + w;
-        runs.push_back({at, source, end - begin});
-        at += end - begin;
-        zeros(column + left - end);
+// Adds pixels [at, at + n) whose input starts at `source` and goes on in steps of `step`.
+static void add_pixels(std::vector<Piece>& pieces, int64_t at, int64_t n, int64_t source, int64_t step) {
+    while (n > 0) {
+        const int64_t lane = at % LANES, here = std::min(n, LANES - lane), origin = source - lane * step;
+        const uint32_t lanes = ((1u << here) - 1) << lane;
+        Piece& last = pieces.back();
+        if (last.at == at - lane && (last.lanes == 0 || last.source == origin)) last.source = origin, last.lanes |= lanes;
+        else pieces.push_back({at - lane, origin, lanes, last.at != at - lane});
+        at += here, n -= here, source += here * step;
     }
 }
+
+// The pieces of one plane of the tile that begins with row `first` of the first image; every register has
+// one, if only to be zero.
+static void add_plane(std::vector<Piece>& pieces, const PixelGrid& grid, const Shape& s, const Images& im,
+                      int64_t plane, int64_t first, int64_t images) {
+    const int64_t a = plane / s.kernel_w, shift = plane % s.kernel_w - s.padding_w, size = im.height * im.width;
+    // Columns whose input lies inside the image: 0 <= column * stride + shift < width.
+    const int64_t begin = shift < 0 ? (-shift + s.stride_w - 1) / s.stride_w : 0;
+    const int64_t end = im.width - shift > 0 ? std::min(grid.width, (im.width - shift - 1) / s.stride_w + 1) : 0;
+    const int64_t step = im.channels_last ? s.channels : 1, length = grid.length + grid.halo, origin = plane * length;
+    auto blank = [&](int64_t until) {
+        while (pieces.back().at + LANES < until) pieces.push_back({pieces.back().at + LANES, 0, 0, true});
+    };
+    pieces.push_back({origin, 0, 0, true});
+    for (int64_t at = 0, image = 0, r = first; at < length && image < images; at += grid.width) {
+        const int64_t h = r * s.stride_h + a - s.padding_h, last = std::min(end, length - at);
+        if (h >= 0 && h < im.height && begin < last) {
+            blank(origin + (at + begin) / LANES * LANES);
+            add_pixels(pieces, origin + at + begin, last - begin,
+                       image * s.channels * size + (h * im.width + begin * s.stride_w + shift) * step, step * s.stride_w);
+        }
+        if (++r == grid.height && grid.images > 1) r = 0, ++image;
+    }
+    blank(origin + length);
+}
+
+static void find_pieces(std::vector<Piece>& pieces, const PixelGrid& grid, const Shape& s, const Images& im,
+                        int64_t first, int64_t images) {
+    pieces.clear();
+    for (int64_t plane = 0; plane < grid.planes; ++plane) add_plane(pieces, grid, s, im, plane, first, images);
+}
+
+// tile[channel][lane] from the lanes' pixels, `step` apart, of channels that lie beside each other.
+static void fill_lanes_transposed(const float* source, int64_t step, const Piece& piece, int64_t channels, float* tile, int64_t stride) {
+    for (int64_t c = 0; c < channels; c += LANES) {
+        const int64_t n = std::min<int64_t>(LANES, channels - c);
+        vec square[LANES];
+        for (int k = 0; k < LANES; ++k) {
+            if (!(piece.lanes >> k & 1)) square[k] = vec{};
+            else square[k] = n == LANES ? load(source + k * step + c) : load(source + k * step + c, n);
+        }
+        transpose_square(square);
+        for (int64_t j = 0; j < n; ++j) {
+            float* target = tile + (c + j) * stride;
+            store(target, piece.first ? square[j] : square[j] + load(target));
+        }
+    }
+}
+
+constexpr int64_t AHEAD = 6;  // channels; a plane of a channel is a page of its own, which no hardware prefetches
 
 // tile[channel][pixel] for channels [c0, c0 + channels).
-static void fill_tile(const std::vector<Run>& runs, const Shape& s, const Images& im, const float* x,
+static void fill_tile(const std::vector<Piece>& pieces, const Shape& s, const Images& im, const float* x,
                       int64_t c0, int64_t channels, float* tile, int64_t stride) {
-    const int64_t plane = im.height * im.width;
     if (im.channels_last) {
-        for (const Run& run : runs) {
-            if (run.source < 0) for (int64_t c = 0; c < channels; ++c) fill(tile + c * stride + run.at, 0, run.length);
-            else transpose(x + run.source + c0, s.channels * s.stride_w, run.length, channels, tile + run.at, stride);
-        }
+        for (const Piece& piece : pieces)
+            fill_lanes_transposed(x + piece.source + c0, s.channels * s.stride_w, piece, channels, tile + piece.at, stride);
         return;
     }
-    for (int64_t c = 0; c < channels; ++c, tile += stride)
-        for (const Run& run : runs) {
-            const float* source = x + run.source + (c0 + c) * plane;
-            if (run.source < 0) fill(tile + run.at, 0, run.length);
-            else if (s.stride_w == 1) copy(source, tile + run.at, run.length);
-            else for (int64_t k = 0; k < run.length; ++k) tile[run.at + k] = source[k * s.stride_w];
+    for (int64_t c = 0; c < channels; ++c, tile += stride) {
+        const float* source = x + (c0 + c) * im.height * im.width;
+        const int64_t later = c + AHEAD < channels ? AHEAD * im.height * im.width : 0;
+        for (const Piece& piece : pieces) {
+            __builtin_prefetch(source + piece.source + later);
+            float* target = tile + piece.at;
+            vec pixels = piece.first ? vec{} : load(target);
+            if (s.stride_w == 1) pixels += load_lanes(source + piece.source, piece.lanes);
+            else
+                for (int k = 0; k < LANES; ++k)
+                    if (piece.lanes >> k & 1) pixels[k] = source[piece.source + k * s.stride_w];
+            store(target, pixels);
         }
+    }
 }
 
+// Rows [first, first + rows) of each of the images that begin at y.
 template <bool RELU>
 static void write_tile(const PixelGrid& grid, const Shape& s, const Images& im, const Block& block, const float* tile,
-                       int64_t stride, int64_t first, int64_t length, float* y) {
+                       int64_t first, int64_t images, float* y) {
     const int64_t plane = im.out_height * im.out_width, filters = block.last - block.first;
-    for (int64_t at = 0; at < length;) {
-        const int64_t pixel = first + at, row = pixel / grid.width, column = pixel % grid.width;
-        const int64_t image = row / grid.height, r = row % grid.height, left = std::min(grid.width - column, length - at);
-        const int64_t n = std::min(left, im.out_width - column);
-        if (image >= im.number) return;
-        if (r < im.out_height && n > 0) {
-            const int64_t target = r * im.out_width + column;
-            if (im.channels_last)
-                transpose<RELU>(tile + at, stride, filters, n, y + (image * plane + target) * s.filters + block.first, s.filters);
-            else
-                for (int64_t o = 0; o < filters; ++o)
-                    copy<RELU>(tile + o * stride + at, y + (image * s.filters + block.first + o) * plane + target, n);
-        }
-        at += left;
+    const int64_t pixel = first * grid.width, n = std::min(grid.rows * grid.width, plane - pixel);
+    for (int64_t image = 0; image < images; ++image, tile += grid.height * grid.width, y += s.filters * plane) {
+        if (im.channels_last)
+            transpose<RELU>(tile, grid.length, filters, n, y + pixel * s.filters + block.first, s.filters);
+        else
+            for (int64_t o = 0; o < filters; ++o)
+                copy<RELU>(tile + o * grid.length, y + (block.first + o) * plane + pixel, n);
     }
 }
 
@@ -99,53 +140,58 @@ struct PixelTask {
     const Layer& layer;
     const Images& im;
     const PixelGrid& grid;
-    const float* x;
-    float* y;
+    const std::vector<Piece>& pieces;  // of all planes, which lie beside each other for each channel
 
+    // Rows from `first` of images that begin at x and y.
     template <int V>
-    void run(const Block& block, int64_t first, Scratch& scratch, std::vector<std::vector<Run>>& runs) const {
+    void run(const Block& block, const float* x, float* y, int64_t first, int64_t images, Scratch& scratch) const {
         const Shape& s = layer.shape;
-        const Tuning& t = layer.tuning;
-        const int64_t length = std::min(t.tile, (grid.length - first + V * LANES - 1) / (V * LANES) * (V * LANES));
-        const int64_t x_stride = t.tile + grid.halo, y_stride = t.tile, filters = block.last - block.first;
-        const int64_t phase_size = std::min(t.channel_block, s.channels) * x_stride;
-        float* sums = scratch.of(filters * y_stride + grid.phases * phase_size);
-        float* pixels = sums + filters * y_stride;
-        for (int64_t o = 0; o < filters; ++o) fill(sums + o * y_stride, layer.bias[block.first + o], length);
-        for (int64_t p = 0; p < grid.phases; ++p) find_runs(runs[p], grid, s, im, p, first, length + grid.halo);
-        for (int64_t c0 = 0, b = 0; c0 < s.channels; c0 += t.channel_block, ++b) {
-            const int64_t channels = std::min(t.channel_block, s.channels - c0);
-            for (int64_t p = 0; p < grid.phases; ++p)
-                fill_tile(runs[p], s, im, x, c0, channels, pixels + p * phase_size, x_stride);
-            const float* w = block.weights.data() + block.of_channel_block[b];
-            for (const Group& g : block.groups) {
-                const int64_t i = g.position / s.kernel_w, j = g.position % s.kernel_w;
-                const int64_t phase = i % s.stride_h * s.stride_w + j % s.stride_w;
-                const float* start = pixels + phase * phase_size + i / s.stride_h * grid.width + j / s.stride_w;
-                for (int64_t at = 0; at < length; at += V * LANES)
-                    multiply<V>(g, start + at, x_stride, w, channels, sums + at, y_stride);
-                w += channels * g.size;
+        const int64_t most = std::min(layer.tuning.channel_block, s.channels), filters = block.last - block.first;
+        const int64_t stride = grid.planes * (grid.length + grid.halo);
+        float* sums = scratch.of(filters * grid.length + most * stride);
+        float* planes = sums + filters * grid.length;
+        for (int64_t o = 0; o < filters; ++o) fill(sums + o * grid.length, layer.bias[block.first + o], grid.length);
+        for (int64_t c0 = 0, b = 0; c0 < s.channels; c0 += most, ++b) {
+            const int64_t channels = std::min(most, s.channels - c0);
+            fill_tile(pieces, s, im, x, c0, channels, planes, stride);
+            for (int64_t at = 0; at < grid.length; at += V * LANES) {
+                const float* w = block.weights.data() + block.of_channel_block[b];
+                for (const Group& g : block.groups) {
+                    const int64_t i = g.position / s.kernel_w, j = g.position % s.kernel_w;
+                    const float* plane = planes + (i % s.stride_h * s.kernel_w + j) * (grid.length + grid.halo);
+                    multiply<V>(g, plane + i / s.stride_h * grid.width + at, stride, w, channels, sums + at, grid.length);
+                    w += channels * g.size;
+                }
             }
         }
-        if (im.relu) write_tile<true>(grid, s, im, block, sums, y_stride, first, length, y);
-        else write_tile<false>(grid, s, im, block, sums, y_stride, first, length, y);
+        if (im.relu) write_tile<true>(grid, s, im, block, sums, first, images, y);
+        else write_tile<false>(grid, s, im, block, sums, first, images, y);
     }
 };
 
 static void run_pixels(const Layer& layer, const float* x, float* y, const Images& im) {
-    const PixelGrid grid(layer.shape, im);
-    const PixelTask task{layer, im, grid, x, y};
-    const int64_t blocks = layer.blocks.size(), tiles = (grid.length + layer.tuning.tile - 1) / layer.tuning.tile;
-#pragma omp parallel num_threads(std::min(im.threads, tiles * blocks))
+    const Shape& s = layer.shape;
+    const int64_t registers = layer.tuning.wide ? 2 * VECTORS : VECTORS;
+    const PixelGrid grid(s, im, layer.tuning.tile, registers * LANES);
+    const int64_t blocks = layer.blocks.size(), groups = (im.number + grid.images - 1) / grid.images;
+    const int64_t tasks = grid.tiles * groups * blocks;
+#pragma omp parallel num_threads(std::min(im.threads, tasks))
     {
         static thread_local Scratch scratch;
-        std::vector<std::vector<Run>> runs(grid.phases);
+        std::vector<Piece> pieces;
+        int64_t known_row = -1, known_images = 0;  // of which tile the pieces are
 #pragma omp for schedule(dynamic)
-        for (int64_t k = 0; k < tiles * blocks; ++k) {
-            const Block& block = layer.blocks[k % blocks];
-            const int64_t first = k / blocks * layer.tuning.tile;
-            if (layer.tuning.wide) task.run<2 * VECTORS>(block, first, scratch, runs);
-            else task.run<VECTORS>(block, first, scratch, runs);
+        for (int64_t k = 0; k < tasks; ++k) {
+            const int64_t row = k / (groups * blocks) * grid.rows, image = k / blocks % groups * grid.images;
+            const int64_t images = std::min(grid.images, im.number - image);
+            if (row != known_row || images != known_images)
+                find_pieces(pieces, grid, s, im, row, images);
+            known_row = row, known_images = images;
+            const PixelTask task{layer, im, grid, pieces};
+            const float* from = x + image * s.channels * im.height * im.width;
+            float* to = y + image * s.filters * im.out_height * im.out_width;
+            if (layer.tuning.wide) task.run<2 * VECTORS>(layer.blocks[k % blocks], from, to, row, images, scratch);
+            else task.run<VECTORS>(layer.blocks[k % blocks], from, to, row, images, scratch);
         }
     }
 }

@@ -28,6 +28,18 @@ static inline vec load(const float* p, long n) { vec v = {}; for (long k = 0; k 
 static inline void store(float* p, vec v, long n) { for (long k = 0; k < n; ++k) p[k] = v[k]; }
 #endif
 
+// The lanes of `mask`, the others zero; memory outside them is not touched.
+static inline vec load_lanes(const float* p, uint32_t mask) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)mask, p);
+#else
+    vec v = {};
+    for (int k = 0; k < LANES; ++k)
+        if (mask >> k & 1) v[k] = p[k];
+    return v;
+#endif
+}
+
 #if LANES == 16
 #define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
