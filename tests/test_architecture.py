@@ -13,6 +13,7 @@ PACKAGE = Path(prune_cli.__file__).parent
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["commands"],
     ["sweep"],
     ["compose"],
     ["job"],
