@@ -16,14 +16,14 @@ class Tuning:
     """How the kernel computes; `Tuning` in cpp/layer.h.
 
     layout          0: pixels are the lanes, 1: images are the lanes
-    wide            1: fewer filters, but a tile twice as wide, per register block
+    block           what is summed in registers: 0: 12 filters x 1 register, 1: 6 x 4, 2: 3 x 8
     tile            pixels of a tile
     channel_block   input channels multiplied between loading and storing the sums
     filter_blocks   parts of the filters that threads share
     """
 
     layout: int
-    wide: int
+    block: int
     tile: int
     channel_block: int
     filter_blocks: int

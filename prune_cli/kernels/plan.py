@@ -113,12 +113,15 @@ def _tunings(operation: Operation, x: Tensor) -> list[Tuning]:
     """Few enough to be measured in a moment; each is the best for some layer of VGG-16 or ResNet-56."""
     threads = torch.get_num_threads()
     height, width = operation.output_size(*x.shape[2:])
-    found = [Tuning(0, 0, 128, 64, 1), Tuning(0, 0, 256, 64, 1), Tuning(0, 1, 512, 16, 1), Tuning(0, 0, 1024, 16, 1)]
-    if len(x) * height * width <= 1024:  # too few tiles for all threads: they share the filters
-        found = [Tuning(0, 0, tile, 64, parts) for tile in (64, 128) for parts in (1, threads) if parts <= operation.filters]
+    if len(x) * height * width > 1024:
+        found = [Tuning(0, 1, tile, 64, 1) for tile in (128, 256)] + [Tuning(0, 1, 1024, 16, 1), Tuning(0, 2, 512, 16, 1)]
+    else:  # too few tiles for all threads: they share the filters
+        blocks = [(1, 64), (1, 128)] if height * width > 32 else [(0, 16), (1, 64)]
+        found = [Tuning(0, block, tile, 64, parts) for block, tile in blocks for parts in (1, threads, 2 * threads)]
     if len(x) >= 8:
         parts = max(1, min(operation.filters // 32, 2 * threads))
-        found += [Tuning(1, 0, 16, 64, parts), Tuning(1, 0, 32, 64, 1), Tuning(1, 0, 4, 128, parts)]
+        block = 1 if len(x) > 16 else 0
+        found += [Tuning(1, block, 16, 64, parts), Tuning(1, block, 32, 64, 1), Tuning(1, block, 4, 128, parts)]
     return list(dict.fromkeys(found))
 
 

@@ -75,7 +75,7 @@ static void pack_pixels(const Layer& layer, const Images& im, const float* x, in
 }
 
 static void run_images(const Layer& layer, const float* x, float* y, const Images& im) {
-    const int64_t most = VECTORS * LANES, plane = im.out_height * im.out_width, channels = layer.shape.channels;
+    const int64_t most = std::min<int64_t>(registers_of_block(layer.tuning.block), VECTORS) * LANES, plane = im.out_height * im.out_width, channels = layer.shape.channels;
     const int64_t in_size = channels * im.height * im.width;
     static thread_local Scratch shared;
     float* packed = shared.of(im.height * im.width * (channels * most + LANES));

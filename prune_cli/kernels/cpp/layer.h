@@ -11,7 +11,7 @@ struct Shape {  // of the layer; filled in by Python, all fields 64 bits
 
 struct Tuning {  // how it is computed; what is best is measured
     int64_t layout;         // 0: pixels are the lanes, 1: images are the lanes
-    int64_t wide;           // 0: groups of 6 filters x narrow tiles, 1: groups of 3 x tiles twice as wide
+    int64_t block;          // sums held in registers: 12 filters x 1 register, 6 x VECTORS or 3 x 2 VECTORS
     int64_t tile;           // pixels of a tile
     int64_t channel_block;  // input channels multiplied between loading and storing the sums
     int64_t filter_blocks;  // parts of the filters that threads share
@@ -21,12 +21,15 @@ struct Images {  // one call
     int64_t number, height, width, out_height, out_width, channels_last, relu, threads;
 };
 
-constexpr int VECTORS = LANES == 16 ? 4 : 2;  // registers beside each other in the narrow tile
-constexpr int GROUP = 6;                      // filters per group there: 24 (12) accumulators of 32 (16) registers
+// AVX-512 has 32 registers, for 24 sums; the others have 16, for 12.
+constexpr int VECTORS = LANES == 16 ? 4 : 2;
+constexpr int LARGEST = 12;
+static int64_t filters_of_block(int64_t block) { return block == 0 ? LARGEST : block == 1 ? 6 : 3; }
+static int64_t registers_of_block(int64_t block) { return block == 0 ? 1 : block * VECTORS; }
 
 struct Group {  // filters that share a kernel position
     int position, size;
-    int64_t rows[GROUP];  // in the output tile
+    int64_t rows[LARGEST];  // in the output tile
 };
 
 struct Block {  // a range of filters
@@ -66,7 +69,7 @@ static void pack(Layer& layer, Block& block, const uint8_t* pattern, const float
         std::vector<int64_t> alive;
         for (int64_t o = block.first; o < block.last; ++o)
             if (pattern[o * positions + p]) alive.push_back(o);
-        add_groups(block, p, alive, layer.tuning.wide ? GROUP / 2 : GROUP);
+        add_groups(block, p, alive, filters_of_block(layer.tuning.block));
     }
     for (int64_t c0 = 0; c0 < s.channels; c0 += layer.tuning.channel_block) {
         block.of_channel_block.push_back(block.weights.size());

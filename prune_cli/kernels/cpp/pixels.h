@@ -113,6 +113,7 @@ static void fill_tile(const std::vector<Piece>& pieces, const Shape& s, const Im
             float* target = tile + piece.at;
             vec pixels = piece.first ? vec{} : load(target);
             if (s.stride_w == 1) pixels += load_lanes(source + piece.source, piece.lanes);
+            else if (s.stride_w == 2) pixels += load_even_lanes(source + piece.source, piece.lanes);
             else
                 for (int k = 0; k < LANES; ++k)
                     if (piece.lanes >> k & 1) pixels[k] = source[piece.source + k * s.stride_w];
@@ -171,7 +172,7 @@ struct PixelTask {
 
 static void run_pixels(const Layer& layer, const float* x, float* y, const Images& im) {
     const Shape& s = layer.shape;
-    const int64_t registers = layer.tuning.wide ? 2 * VECTORS : VECTORS;
+    const int64_t registers = registers_of_block(layer.tuning.block);
     const PixelGrid grid(s, im, layer.tuning.tile, registers * LANES);
     const int64_t blocks = layer.blocks.size(), groups = (im.number + grid.images - 1) / grid.images;
     const int64_t tasks = grid.tiles * groups * blocks;
@@ -190,8 +191,10 @@ static void run_pixels(const Layer& layer, const float* x, float* y, const Image
             const PixelTask task{layer, im, grid, pieces};
             const float* from = x + image * s.channels * im.height * im.width;
             float* to = y + image * s.filters * im.out_height * im.out_width;
-            if (layer.tuning.wide) task.run<2 * VECTORS>(layer.blocks[k % blocks], from, to, row, images, scratch);
-            else task.run<VECTORS>(layer.blocks[k % blocks], from, to, row, images, scratch);
+            const Block& block = layer.blocks[k % blocks];
+            if (registers == 1) task.run<1>(block, from, to, row, images, scratch);
+            else if (registers == VECTORS) task.run<VECTORS>(block, from, to, row, images, scratch);
+            else task.run<2 * VECTORS>(block, from, to, row, images, scratch);
         }
     }
 }

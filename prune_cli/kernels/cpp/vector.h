@@ -43,13 +43,27 @@ static inline vec load_lanes(const float* p, uint32_t mask) {
 #if LANES == 16
 #define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
 #elif LANES == 8
 #define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
 #else
 #define LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
 #define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
 #endif
+
+// Every second number from p on: the lanes of `mask`, the others zero.
+static inline vec load_even_lanes(const float* p, uint32_t mask) {
+    uint32_t spread = mask & 0xffff;  // bit k moves to bit 2 k
+    spread = (spread | spread << 8) & 0x00ff00ff;
+    spread = (spread | spread << 4) & 0x0f0f0f0f;
+    spread = (spread | spread << 2) & 0x33333333;
+    spread = (spread | spread << 1) & 0x55555555;
+    const uint32_t low = (1u << LANES) - 1;
+    return EVEN(load_lanes(p, spread & low), load_lanes(p + LANES, spread >> LANES & low));
+}
 
 // LANES registers as the rows of a square: log2(LANES) perfect shuffles transpose it.
 static inline void transpose_square(vec* rows) {
