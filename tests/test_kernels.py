@@ -21,7 +21,7 @@ TYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # larg
 TUNINGS = [
     compiled.Tuning(0, 0, 16, 64, 1), compiled.Tuning(0, 1, 64, 3, 2), compiled.Tuning(0, 1, 128, 64, 1),
     compiled.Tuning(0, 2, 256, 16, 1), compiled.Tuning(1, 0, 16, 64, 1), compiled.Tuning(1, 1, 16, 64, 1),
-    compiled.Tuning(1, 2, 5, 3, 3),
+    compiled.Tuning(1, 2, 5, 3, 3), compiled.Tuning(0, 3, 256, 64, 1), compiled.Tuning(0, 3, 32, 3, 2),
 ]  # fmt: skip
 VARIANTS = [name for name, (needed, _) in compiler.VARIANTS.items() if needed <= compiler.processor_flags()]
 BACKENDS = {

@@ -16,7 +16,8 @@ class Tuning:
     """How the kernel computes; `Tuning` in cpp/layer.h.
 
     layout          0: pixels are the lanes, 1: images are the lanes
-    block           what is summed in registers: 0: 12 filters x 1 register, 1: 6 x 4, 2: 3 x 8
+    block           what is summed in registers: 0: 12 filters x 1 register, 1: 6 x 4, 2: 3 x 8,
+                    3: 1 x 8 over all positions of a filter, which is then written once
     tile            pixels of a tile
     channel_block   input channels multiplied between loading and storing the sums
     filter_blocks   parts of the filters that threads share

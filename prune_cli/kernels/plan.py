@@ -114,7 +114,9 @@ def _tunings(operation: Operation, x: Tensor) -> list[Tuning]:
     threads = torch.get_num_threads()
     height, width = operation.output_size(*x.shape[2:])
     if len(x) * height * width > 1024:
-        found = [Tuning(0, 1, tile, 64, 1) for tile in (128, 256)] + [Tuning(0, 1, 1024, 16, 1), Tuning(0, 2, 512, 16, 1)]
+        found = [Tuning(0, 1, tile, 64, 1) for tile in (128, 256, 512)] + [Tuning(0, 1, 1024, 16, 1)]
+        if operation.channels <= 64:  # so that all channels of a tile stay in the cache
+            found += [Tuning(0, 3, tile, 64, 1) for tile in (256, 1024)]
     else:  # too few tiles for all threads: they share the filters
         blocks = [(1, 64), (1, 128)] if height * width > 32 else [(0, 16), (1, 64)]
         found = [Tuning(0, block, tile, 64, parts) for block, tile in blocks for parts in (1, threads, 2 * threads)]

@@ -11,7 +11,8 @@ struct Shape {  // of the layer; filled in by Python, all fields 64 bits
 
 struct Tuning {  // how it is computed; what is best is measured
     int64_t layout;         // 0: pixels are the lanes, 1: images are the lanes
-    int64_t block;          // sums held in registers: 12 filters x 1 register, 6 x VECTORS or 3 x 2 VECTORS
+    int64_t block;          // sums held in registers: 12 filters x 1 register, 6 x VECTORS, 3 x 2 VECTORS for one
+                            // position after the other; or 1 x 2 VECTORS for all positions of a filter
     int64_t tile;           // pixels of a tile
     int64_t channel_block;  // input channels multiplied between loading and storing the sums
     int64_t filter_blocks;  // parts of the filters that threads share
@@ -24,8 +25,9 @@ struct Images {  // one call
 // AVX-512 has 32 registers, for 24 sums; the others have 16, for 12.
 constexpr int VECTORS = LANES == 16 ? 4 : 2;
 constexpr int LARGEST = 12;
-static int64_t filters_of_block(int64_t block) { return block == 0 ? LARGEST : block == 1 ? 6 : 3; }
-static int64_t registers_of_block(int64_t block) { return block == 0 ? 1 : block * VECTORS; }
+constexpr int64_t BY_FILTER = 3;
+static int64_t filters_of_block(int64_t block) { return block == 0 ? LARGEST : block == 1 ? 6 : block == 2 ? 3 : 1; }
+static int64_t registers_of_block(int64_t block) { return block == 0 ? 1 : block == 1 ? VECTORS : 2 * VECTORS; }
 
 struct Group {  // filters that share a kernel position
     int position, size;
@@ -34,7 +36,7 @@ struct Group {  // filters that share a kernel position
 
 struct Block {  // a range of filters
     int64_t first, last;
-    std::vector<Group> groups;             // by position
+    std::vector<Group> groups;             // by position, or by filter and position
     std::vector<float> weights;            // [channel block][group][channel][filter of the group]
     std::vector<int64_t> of_channel_block; // where each starts
 };
@@ -71,9 +73,13 @@ static void pack(Layer& layer, Block& block, const uint8_t* pattern, const float
             if (pattern[o * positions + p]) alive.push_back(o);
         add_groups(block, p, alive, filters_of_block(layer.tuning.block));
     }
-    for (int64_t c0 = 0; c0 < s.channels; c0 += layer.tuning.channel_block) {
+    const int64_t most = layer.tuning.block == BY_FILTER ? s.channels : layer.tuning.channel_block;
+    if (layer.tuning.block == BY_FILTER)
+        std::stable_sort(block.groups.begin(), block.groups.end(),
+                         [](const Group& a, const Group& b) { return a.rows[0] < b.rows[0]; });
+    for (int64_t c0 = 0; c0 < s.channels; c0 += most) {
         block.of_channel_block.push_back(block.weights.size());
-        const int64_t end = std::min(s.channels, c0 + layer.tuning.channel_block);
+        const int64_t end = std::min(s.channels, c0 + most);
         for (const Group& group : block.groups)
             for (int64_t c = c0; c < end; ++c)
                 for (int k = 0; k < group.size; ++k) {

@@ -33,3 +33,11 @@ static inline void multiply(const Group& g, const float* x, long x_stride, const
     if constexpr (V == 1) switch (g.size) { SIZE(7) SIZE(8) SIZE(9) SIZE(10) SIZE(11) SIZE(12) }
 #undef SIZE
 }
+
+// sum[v] += sum over c of w[c] * x[c][v]: one filter at one position, the sums stay in registers.
+template <int V>
+static inline void accumulate(vec (&sum)[V], const float* x, long x_stride, const float* w, long channels) {
+    for (long c = 0; c < channels; ++c, x += x_stride)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sum[v] += w[c] * load(x + v * LANES);
+}

@@ -143,30 +143,83 @@ struct PixelTask {
     const PixelGrid& grid;
     const std::vector<Piece>& pieces;  // of all planes, which lie beside each other for each channel
 
-    // Rows from `first` of images that begin at x and y.
+    const float* at_position(const float* planes, int position) const {
+        const Shape& s = layer.shape;
+        const int64_t i = position / s.kernel_w, j = position % s.kernel_w;
+        return planes + (i % s.stride_h * s.kernel_w + j) * (grid.length + grid.halo) + i / s.stride_h * grid.width;
+    }
+
+    // Adds channels [c0, c0 + channels) to sums[filter][pixel], position after position.
     template <int V>
+    void add(const Block& block, const float* planes, int64_t stride, const float* weights, int64_t channels, float* sums) const {
+        for (int64_t at = 0; at < grid.length; at += V * LANES) {
+            const float* w = weights;
+            for (const Group& g : block.groups) {
+                multiply<V>(g, at_position(planes, g.position) + at, stride, w, channels, sums + at, grid.length);
+                w += channels * g.size;
+            }
+        }
+    }
+
+    // The same filter after filter: each is written once, to out[filter][pixel].
+    template <int V, bool RELU>
+    void add_by_filter(const Block& block, const float* planes, int64_t stride, float* out, int64_t out_stride, int64_t pixels) const {
+        const float* w = block.weights.data();
+        const int64_t channels = layer.shape.channels;
+        auto group = block.groups.begin();
+        for (int64_t o = 0; o < block.last - block.first; ++o) {
+            auto end = group;
+            while (end != block.groups.end() && end->rows[0] == o) ++end;
+            for (int64_t at = 0; at < pixels; at += V * LANES) {
+                vec sum[V];
+                for (vec& v : sum) v = vec{} + layer.bias[block.first + o];
+                const float* stripe = w;
+                for (auto g = group; g != end; ++g, stripe += channels)
+                    accumulate<V>(sum, at_position(planes, g->position) + at, stride, stripe, channels);
+                if (RELU) for (vec& v : sum) v = relu(v);
+                float* target = out + o * out_stride + at;
+                for (int v = 0; v < V; ++v, target += LANES) {
+                    const int64_t left = pixels - at - v * LANES;
+                    if (left >= LANES) store(target, sum[v]);
+                    else if (left > 0) store(target, sum[v], left);
+                }
+            }
+            w += (end - group) * channels;
+            group = end;
+        }
+    }
+
+    // Rows from `first` of images that begin at x and y.
+    template <int V, bool RELU>
     void run(const Block& block, const float* x, float* y, int64_t first, int64_t images, Scratch& scratch) const {
         const Shape& s = layer.shape;
-        const int64_t most = std::min(layer.tuning.channel_block, s.channels), filters = block.last - block.first;
-        const int64_t stride = grid.planes * (grid.length + grid.halo);
+        const bool by_filter = layer.tuning.block == BY_FILTER;
+        const int64_t most = by_filter ? s.channels : std::min(layer.tuning.channel_block, s.channels);
+        const int64_t filters = block.last - block.first, stride = grid.planes * (grid.length + grid.halo);
         float* sums = scratch.of(filters * grid.length + most * stride);
         float* planes = sums + filters * grid.length;
+        if (by_filter) {
+            fill_tile(pieces, s, im, x, 0, most, planes, stride);
+            const int64_t plane = im.out_height * im.out_width, pixel = first * grid.width;
+            if (grid.images == 1 && !im.channels_last)
+                return add_by_filter<V, RELU>(block, planes, stride, y + block.first * plane + pixel, plane,
+                                              std::min(grid.rows * grid.width, plane - pixel));
+            add_by_filter<V, RELU>(block, planes, stride, sums, grid.length, grid.length);
+            return write_tile<false>(grid, s, im, block, sums, first, images, y);
+        }
         for (int64_t o = 0; o < filters; ++o) fill(sums + o * grid.length, layer.bias[block.first + o], grid.length);
         for (int64_t c0 = 0, b = 0; c0 < s.channels; c0 += most, ++b) {
             const int64_t channels = std::min(most, s.channels - c0);
             fill_tile(pieces, s, im, x, c0, channels, planes, stride);
-            for (int64_t at = 0; at < grid.length; at += V * LANES) {
-                const float* w = block.weights.data() + block.of_channel_block[b];
-                for (const Group& g : block.groups) {
-                    const int64_t i = g.position / s.kernel_w, j = g.position % s.kernel_w;
-                    const float* plane = planes + (i % s.stride_h * s.kernel_w + j) * (grid.length + grid.halo);
-                    multiply<V>(g, plane + i / s.stride_h * grid.width + at, stride, w, channels, sums + at, grid.length);
-                    w += channels * g.size;
-                }
-            }
+            add<V>(block, planes, stride, block.weights.data() + block.of_channel_block[b], channels, sums);
         }
-        if (im.relu) write_tile<true>(grid, s, im, block, sums, first, images, y);
-        else write_tile<false>(grid, s, im, block, sums, first, images, y);
+        write_tile<RELU>(grid, s, im, block, sums, first, images, y);
+    }
+
+    template <int V>
+    void run(const Block& block, const float* x, float* y, int64_t first, int64_t images, Scratch& scratch) const {
+        if (im.relu) run<V, true>(block, x, y, first, images, scratch);
+        else run<V, false>(block, x, y, first, images, scratch);
     }
 };
 
