@@ -76,7 +76,7 @@ def measure(operation: Operation, x: Tensor, names: list[str]) -> dict[str, floa
     synchronise = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
     with torch.inference_mode():
         runs = {name: _bound(make(name, operation), x) for name in names}
-        for seconds, rounds in ((SCREENING, 2), (FINAL, 4)):
+        for seconds, rounds in ((SCREENING, 3), (FINAL, 8)):
             times = {n: min(t) for n, t in alternate(runs, seconds, synchronise, rounds, warm_up=1).items()}
             fastest = min(times.values())
             runs = {name: runs[name] for name, time in times.items() if time <= NEARLY * fastest}
