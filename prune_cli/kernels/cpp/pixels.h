@@ -95,7 +95,14 @@ static void fill_lanes_transposed(const float* source, int64_t step, const Piece
     }
 }
 
-constexpr int64_t AHEAD = 6;  // channels; a plane of a channel is a page of its own, which no hardware prefetches
+template <class Load>
+static inline void fill_channel(const std::vector<Piece>& pieces, const float* source, float* tile, Load load_piece) {
+    for (const Piece& piece : pieces) {
+        float* target = tile + piece.at;
+        const vec pixels = load_piece(source + piece.source, piece.lanes);
+        store(target, piece.first ? pixels : pixels + load(target));
+    }
+}
 
 // tile[channel][pixel] for channels [c0, c0 + channels).
 static void fill_tile(const std::vector<Piece>& pieces, const Shape& s, const Images& im, const float* x,
@@ -107,22 +114,17 @@ static void fill_tile(const std::vector<Piece>& pieces, const Shape& s, const Im
     }
     for (int64_t c = 0; c < channels; ++c, tile += stride) {
         const float* source = x + (c0 + c) * im.height * im.width;
-        const int64_t later = c + AHEAD < channels ? AHEAD * im.height * im.width : 0;
-        for (const Piece& piece : pieces) {
-            __builtin_prefetch(source + piece.source + later);
-            float* target = tile + piece.at;
-            vec pixels = piece.first ? vec{} : load(target);
-            if (s.stride_w == 1) pixels += load_lanes(source + piece.source, piece.lanes);
-            else if (s.stride_w == 2) pixels += load_even_lanes(source + piece.source, piece.lanes);
-            else
-                for (int k = 0; k < LANES; ++k)
-                    if (piece.lanes >> k & 1) pixels[k] = source[piece.source + k * s.stride_w];
-            store(target, pixels);
-        }
+        if (s.stride_w == 1) fill_channel(pieces, source, tile, [](const float* p, uint32_t lanes) { return load_lanes(p, lanes); });
+        else if (s.stride_w == 2) fill_channel(pieces, source, tile, [](const float* p, uint32_t lanes) { return load_even_lanes(p, lanes); });
+        else fill_channel(pieces, source, tile, [&](const float* p, uint32_t lanes) {
+            vec pixels = {};
+            for (int k = 0; k < LANES; ++k)
+                if (lanes >> k & 1) pixels[k] = p[k * s.stride_w];
+            return pixels;
+        });
     }
 }
 
-// Rows [first, first + rows) of each of the images that begin at y.
 template <bool RELU>
 static void write_tile(const PixelGrid& grid, const Shape& s, const Images& im, const Block& block, const float* tile,
                        int64_t first, int64_t images, float* y) {
