@@ -129,11 +129,16 @@ def _compare(layer: Layer, x_dense: Tensor, operations: dict[float, Operation], 
     dense = min(ms[torch.contiguous_format], ms[torch.channels_last])
 
     def result(ratio: float):
-        operation = operations[ratio]
-        macs = operation.stripes.numel() * outputs[ratio] / operation.filters
+        macs = len(x) * _needed_macs(operations[ratio], x.shape[2:])
         return lambda rate: (dense, ms[ratio], max(1e3 * macs / rate, ms["copy", ratio]), plans[ratio][0])
 
     return {ratio: result(ratio) for ratio in operations}
+
+
+def _needed_macs(operation: Operation, size: tuple[int, int]) -> int:
+    """Multiply-adds of one image (H, W), without those that multiply padding."""
+    inside = F.unfold(torch.ones(1, 1, *size), operation.kernel, 1, operation.padding, operation.stride)[0].sum(1)
+    return int(operation.channels * (operation.pattern.flatten(1).sum(0) * inside).sum())
 
 
 def _multiply_rate(dtype: torch.dtype, size: int = 1024) -> float:

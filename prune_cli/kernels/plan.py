@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # raised when the candidates change
 SCREENING = 0.004  # seconds for each candidate in the first heat,
-FINAL = 0.03  # and for each that is nearly the fastest in the second
+FINAL = 0.012  # and for each that is nearly the fastest in the second
 NEARLY = 1.25
 TORCH_PLANS = {
     "dense": torch_plans.dense,
