@@ -54,9 +54,9 @@ def _make(shop: Workshop) -> list[Made]:
 
 
 def _latency(shop: Workshop, made: list[Made]) -> dict[str, tuple[Latency, ...]]:
-    """Measured once per set of artifacts, machine and duration; the control is as fast as what it
-    controls."""
-    seconds = shop.experiment.runtime.latency_seconds
+    """Measured once per set of artifacts, machine, duration and kernel; the control is as fast as
+    what it controls."""
+    seconds, kernel = shop.experiment.runtime.latency_seconds, shop.experiment.runtime.kernel
     if not seconds:
         return {}
     timed = [m for m in made if m.stage != "random"]
@@ -65,15 +65,16 @@ def _latency(shop: Workshop, made: list[Made]) -> dict[str, tuple[Latency, ...]]
         "machine": fingerprint(machine(str(shop.device))),
         "batches": BATCHES,
         "seconds": seconds,
+        "kernel": kernel,
     }
 
     def make(folder: Path, _) -> dict:
         models = {m.stage: shop.trained(m.artifact) for m in timed}
         shape = models["dense"].input_shape
-        found = measure(models, shape, BATCHES, seconds, shop.device)
+        found = measure(models, shape, BATCHES, seconds, shop.device, kernel)
         return {stage: [asdict(latency) for latency in latencies] for stage, latencies in found.items()}
 
-    artifact, _ = shop.store.produce("latency", key_of("latency", 1, settings), settings, make)
+    artifact, _ = shop.store.produce("latency", key_of("latency", 2, settings), settings, make)
     return {stage: tuple(Latency(**row) for row in rows) for stage, rows in artifact.result.items()}
 
 

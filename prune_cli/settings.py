@@ -70,6 +70,7 @@ class FitSettings:
     gamma: Positive = 0.1
 
 
+Kernel = Literal["auto", "torch", "cpp"]  # what computes stripe convolutions when a latency is measured
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -96,6 +97,7 @@ class Runtime:
     data_root: str
     store: str
     latency_seconds: NonNegative
+    kernel: Kernel = "auto"
 
 
 def close_names(name: str, allowed: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ PACKAGE = Path(prune_cli.__file__).parent
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["commands"],
     ["sweep"],
     ["compose"],
     ["job"],
@@ -25,12 +26,13 @@ LAYERS = [
     ["trainer"],
     ["method"],
     ["surgery"],
-    ["store", "journal", "report", "environment", "checkpoint", "metrics"],
+    ["store", "journal", "report", "checkpoint", "metrics"],
+    ["inference"],
     ["record", "pictures", "selection", "criteria", "channels", "hooks"],
     ["models"],
     ["masks", "layers", "datasets"],
     ["kernels"],
-    ["settings", "seeding", "targets", "vision"],
+    ["environment", "settings", "seeding", "targets", "timing", "vision"],
     ["errors"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

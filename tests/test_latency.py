@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from prune_cli import environment
-from prune_cli.metrics.latency import ROUNDS, measure
+from prune_cli.metrics.latency import measure
+from prune_cli.timing import ROUNDS
 
 
 class Spy(nn.Module):

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from prune_cli.kernels.stripe_conv import StripePattern, stripe_conv2d
 from prune_cli.layers.skeleton import SkeletonConv2d
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.metrics.macs import count_macs
@@ -85,21 +84,6 @@ def test_other_precisions(case, dtype):
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_kernel_takes_stripes_of_another_precision(dtype):
-    """Weights stay float32 under autocast."""
-    conv, pattern = nn.Conv2d(4, 3, 3, padding=1), torch.rand(3, 3, 3) < 0.5
-    layer, x = StripeConv2d.from_conv(conv, pattern), torch.randn(2, 4, 5, 5)
-    expected = masked(conv, pattern, x)
-    with torch.no_grad():
-        y = stripe_conv2d(x.to(dtype), layer.stripes, StripePattern(pattern), layer.bias, (1, 1), (1, 1))
-        with torch.autocast("cpu", torch.bfloat16):
-            autocast = layer.eval()(x)
-    assert y.dtype == dtype
-    assert torch.allclose(y.float(), expected, atol=0.05)
-    assert torch.allclose(autocast.float(), expected, atol=0.05)
-
-
 def test_strided_input_is_read_in_place():
     """channels_last images, and images that are a window of larger ones."""
     conv, pattern = nn.Conv2d(4, 3, 3, 2, 1), torch.rand(3, 3, 3) < 0.5
@@ -163,29 +147,6 @@ def test_a_layer_that_moves_to_the_gpu_and_back():
         expected = layer(x)
         assert torch.allclose(layer.cuda()(x.cuda()).cpu(), expected, atol=1e-3)
         assert torch.equal(layer.cpu()(x), expected)
-
-
-def test_only_what_wants_a_gradient_takes_the_dense_path(monkeypatch):
-    layer, x = layer_and_input()
-    monkeypatch.setattr(StripeConv2d, "weight", property(lambda self: pytest.fail("dense")))
-    with torch.no_grad():
-        layer(x)
-    with torch.inference_mode():
-        layer(x)
-    layer.requires_grad_(False)
-    layer(x)
-    with pytest.raises(pytest.fail.Exception, match="dense"):
-        layer(x.clone().requires_grad_())
-
-
-def test_a_prepared_pattern_of_inference_mode_serves_training():
-    layer, x = layer_and_input()
-    with torch.inference_mode():
-        layer(x)
-    layer(x.requires_grad_()).sum().backward()
-    with torch.no_grad():
-        layer(x)
-    assert x.grad is not None
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.4, 1.0])

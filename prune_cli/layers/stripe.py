@@ -1,12 +1,8 @@
 """A convolution of which only the surviving stripes exist: the shipped form of stripe-wise pruning."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from prune_cli.kernels.stripe_conv import StripePattern, stripe_conv2d
 
 
 class StripeConv2d(nn.Module):
@@ -16,9 +12,9 @@ class StripeConv2d(nn.Module):
     bias     (O,) parameter or None
     pattern  (O, K, K) bool buffer, True where a stripe survives
 
-    There is nothing to hold at zero while training: a removed stripe has no parameter. Training
-    scatters the stripes into a dense weight and convolves, and so does whatever else wants a
-    gradient; inference goes through the stripe-wise kernels, which compute surviving stripes only.
+    There is nothing to hold at zero while training: a removed stripe has no parameter. The stripes
+    are scattered into a dense weight, which convolves: the same numbers in training and evaluation,
+    on every machine. `inference.for_inference` puts the stripe-wise kernels in its place.
     """
 
     def __init__(
@@ -30,8 +26,6 @@ class StripeConv2d(nn.Module):
         self.stripes = nn.Parameter(torch.empty(int(pattern.sum()), in_channels))
         self.bias = nn.Parameter(torch.empty(self.out_channels)) if bias else None
         self.register_buffer("pattern", pattern.bool())
-        self._plan: StripePattern | None = None
-        self.register_load_state_dict_post_hook(_forget_plan)
 
     @classmethod
     @torch.no_grad()
@@ -52,22 +46,11 @@ class StripeConv2d(nn.Module):
         return dense.permute(2, 3, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or self._needs_gradient(x):
-            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        if self._plan is None or self._plan.device != x.device:
-            self._plan = StripePattern(self.pattern.to(x.device))
-        return stripe_conv2d(x, self.stripes, self._plan, self.bias, self.stride, self.padding)
-
-    def _needs_gradient(self, x: Tensor) -> bool:
-        tensors = (x, *self.parameters())
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
     def macs(self, output: Tensor) -> int:
         """Multiply-adds of one image whose output is (N, O, H, W)."""
         return self.stripes.numel() * output.shape[-2] * output.shape[-1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}  # derived from `pattern`; a copy derives its own
 
     def extra_repr(self) -> str:
         alive, total = len(self.stripes), self.pattern.numel()
@@ -79,8 +62,3 @@ def _in_pixels(padding: tuple[int, int] | str, kernel: torch.Size) -> tuple[int,
     if isinstance(padding, str):
         return tuple(size // 2 if padding == "same" else 0 for size in kernel)
     return tuple(padding)
-
-
-def _forget_plan(layer: StripeConv2d, _) -> None:
-    """A loaded pattern may be another one than the plan was made for."""
-    layer._plan = None

@@ -2,17 +2,15 @@
 
 import copy
 import statistics
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from prune_cli.inference import for_inference
 from prune_cli.record import Latency
-
-ROUNDS = 5  # turns that every model gets at least
-TURN = 0.02  # longest turn, seconds; short against the drift of a machine's clock speed
-WARM_UP = 3  # runs before the first one that counts: allocations, choice of kernels
+from prune_cli.timing import alternate
 
 
 def measure(
@@ -21,25 +19,29 @@ def measure(
     batches: Sequence[int] = (1, 128),
     seconds: float = 1.0,
     device: torch.device | str = "cpu",
+    kernel: str = "auto",
 ) -> dict[str, tuple[Latency, ...]]:
     """Latency of each model at each batch size, by the names of `models`.
 
     Float32 in evaluation mode on `device`, for inputs (batch, C, H, W) with `input_shape` =
     (C, H, W), in the memory format of the model's weights. The models take turns, so that a drift
     of the machine's speed hits all of them alike, until about `seconds` per model and batch size
-    are spent. Works on copies: the models stay as they are.
+    are spent. Works on copies made for inference (see `for_inference`, which `kernel` is for): the
+    models stay as they are.
     """
     device = torch.device(device)
     copies = {
         name: copy.deepcopy(model).to(device=device, dtype=torch.float32).eval()
         for name, model in models.items()
     }
+    prepared = {name: for_inference(model, kernel) for name, model in copies.items()}
     results: dict[str, list[Latency]] = {name: [] for name in models}
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         for batch in batches:
             x_nchw = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
             inputs = {name: _placed(x_nchw, model, device) for name, model in copies.items()}
-            for name, times in _alternate(copies, inputs, seconds, device).items():
+            runs = {name: partial(prepared[name], inputs[name]) for name in prepared}
+            for name, times in alternate(runs, seconds, partial(_synchronise, device)).items():
                 results[name].append(_summary(batch, times))
     return {name: tuple(latencies) for name, latencies in results.items()}
 
@@ -52,37 +54,6 @@ def _placed(x_nchw: Tensor, model: nn.Module, device: torch.device) -> Tensor:
     )
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return x_nchw.to(device).contiguous(memory_format=memory_format)
-
-
-def _alternate(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], seconds: float, device: torch.device
-) -> dict[str, list[float]]:
-    """Times of single runs in seconds, by model."""
-    for name, model in models.items():
-        for _ in range(WARM_UP):
-            _run(model, inputs[name], device)
-    # A turn holds several short runs: what other models evicted from the caches costs only the first.
-    turn = min(TURN, seconds / ROUNDS)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    rounds, start = 0, time.perf_counter()
-    while rounds < ROUNDS or time.perf_counter() - start < seconds * len(models):
-        for name, model in models.items():
-            end = time.perf_counter() + turn
-            while True:
-                times[name].append(_run(model, inputs[name], device))
-                if time.perf_counter() >= end:
-                    break
-        rounds += 1
-    return times
-
-
-def _run(model: nn.Module, x: Tensor, device: torch.device) -> float:
-    """Seconds that one forward pass takes."""
-    _synchronise(device)
-    start = time.perf_counter()
-    model(x)
-    _synchronise(device)
-    return time.perf_counter() - start
 
 
 def _synchronise(device: torch.device) -> None:

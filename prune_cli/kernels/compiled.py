@@ -1,0 +1,83 @@
+"""The compiled backend: hands a layer and its images to the C++ kernels."""
+
+import ctypes
+import weakref
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from prune_cli.kernels.compiler import library
+from prune_cli.kernels.operation import Implementation, Operation, memory_format
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the kernel computes; `Tuning` in cpp/layer.h.
+
+    layout          0: pixels are the lanes, 1: images are the lanes
+    block           what is summed in registers: 0: 12 filters x 1 register, 1: 6 x 4, 2: 3 x 8,
+                    3: 1 x 8 over all positions of a filter, which is then written once
+    tile            pixels of a tile
+    channel_block   input channels multiplied between loading and storing the sums
+    filter_blocks   parts of the filters that threads share
+    """
+
+    layout: int
+    block: int
+    tile: int
+    channel_block: int
+    filter_blocks: int
+
+
+def compiled(operation: Operation, tuning: Tuning, variant: str | None = None) -> Implementation:
+    """The operation on the CPU. Half precision is converted outside and summed in float32.
+
+    Raises CannotBuild.
+    """
+    kernels = library(variant)
+    layer = _prepare(kernels, operation, tuning)
+    calls: dict[tuple, tuple] = {}
+
+    def run(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return run(x.float()).to(x.dtype)
+        threads = torch.get_num_threads()
+        call = calls.get((x.shape, x.stride(), threads))
+        if call is None:
+            call = calls[x.shape, x.stride(), threads] = _call(operation, x, threads)
+        size, layout, images, dense = call
+        x = x if dense else x.contiguous()
+        y = torch.empty(size, memory_format=layout)
+        if y.numel():
+            kernels.run(layer, x.data_ptr(), y.data_ptr(), images)
+        return y
+
+    weakref.finalize(run, kernels.release, layer)
+    return run
+
+
+def _prepare(kernels: ctypes.CDLL, operation: Operation, tuning: Tuning) -> int:
+    pattern = operation.pattern.to("cpu", torch.uint8).contiguous()
+    stripes = operation.stripes.detach().to("cpu", torch.float32).contiguous()
+    bias = operation.bias.detach().to("cpu", torch.float32).contiguous()
+    shape = _integers(
+        operation.channels, operation.filters, *operation.kernel, *operation.stride, *operation.padding
+    )
+    return kernels.prepare(
+        shape, _integers(*astuple(tuning)), pattern.data_ptr(), stripes.data_ptr(), bias.data_ptr()
+    )
+
+
+def _call(operation: Operation, x: Tensor, threads: int) -> tuple:
+    """Size and layout of the output, struct Images of cpp/layer.h, whether x can be read as it is."""
+    number, _, height, width = x.shape
+    size = operation.output_size(height, width)
+    layout = memory_format(x)
+    channels_last = layout == torch.channels_last
+    images = _integers(number, height, width, *size, int(channels_last), int(operation.relu), threads)
+    return (number, operation.filters, *size), layout, images, x.is_contiguous() or channels_last
+
+
+def _integers(*values: int) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)

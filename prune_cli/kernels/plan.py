@@ -1,0 +1,141 @@
+"""The plan of a layer: which backend computes it, chosen by measurement once per machine.
+
+A choice holds for one operation (its pattern included) on inputs of one shape, type and memory
+format. It is kept in the cache under the machine's fingerprint, never in the model.
+
+    dense, dense-channels_last   the dense convolution      boxes   clusters of filters, see torch_plans
+    positions                    a product per position     cpp:... the compiled kernel and its tuning
+"""
+
+import json
+import logging
+from dataclasses import astuple
+from functools import cache
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from prune_cli.environment import fingerprint, machine
+from prune_cli.errors import UserError
+from prune_cli.kernels import torch_plans
+from prune_cli.kernels.cache import cache_folder, write_whole
+from prune_cli.kernels.compiled import Tuning, compiled
+from prune_cli.kernels.compiler import CannotBuild, library, source_hash
+from prune_cli.kernels.operation import Implementation, Operation, memory_format
+from prune_cli.timing import alternate
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # raised when the candidates change
+SCREENING = 0.004  # seconds for each candidate in the first heat,
+FINAL = 0.012  # and for each that is nearly the fastest in the second
+NEARLY = 1.25
+TORCH_PLANS = {
+    "dense": torch_plans.dense,
+    "dense-channels_last": lambda operation: torch_plans.dense(operation, channels_last=True),
+    "positions": torch_plans.positions,
+    "boxes": torch_plans.boxes,
+}
+
+
+def make(plan: str, operation: Operation) -> Implementation:
+    """The implementation that the plan's name describes. Raises CannotBuild."""
+    backend, _, arguments = plan.partition(":")
+    if backend == "cpp":
+        return compiled(operation, Tuning(*map(int, arguments.split(","))))
+    return TORCH_PLANS[plan](operation)
+
+
+def choose(operation: Operation, x: Tensor, kernel: str = "auto") -> tuple[str, Implementation]:
+    """The fastest plan for inputs like x, with its implementation.
+
+    kernel   `torch` or `cpp` allow those backends only, `auto` all that the machine has
+    """
+    names = candidates(operation, x, kernel)
+    if len(names) == 1:
+        return names[0], make(names[0], operation)
+    path = cache_folder() / "plans" / _fingerprint(torch.get_num_threads(), str(x.device)) / _key(operation, x, names)
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))["plan"]
+        if plan in names:
+            return plan, make(plan, operation)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not measured yet, or damaged
+    times = measure(operation, x, names)
+    plan = min(times, key=times.get)
+    try:
+        write_whole(path, json.dumps({"plan": plan, "ms": {n: 1e3 * t for n, t in times.items()}}).encode())
+    except OSError as problem:
+        log.info("The plan of a layer is not kept: %s", problem)
+    return plan, make(plan, operation)
+
+
+def measure(operation: Operation, x: Tensor, names: list[str]) -> dict[str, float]:
+    """Shortest time of each plan that reached the second heat, seconds."""
+    synchronise = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
+    with torch.inference_mode():
+        runs = {name: _bound(make(name, operation), x) for name in names}
+        for seconds, rounds in ((SCREENING, 3), (FINAL, 8)):
+            times = {n: min(t) for n, t in alternate(runs, seconds, synchronise, rounds, warm_up=1).items()}
+            fastest = min(times.values())
+            runs = {name: runs[name] for name, time in times.items() if time <= NEARLY * fastest}
+    return times
+
+
+def candidates(operation: Operation, x: Tensor, kernel: str) -> list[str]:
+    """Names of the plans worth a measurement."""
+    on_cpu = x.device.type == "cpu"
+    if kernel == "cpp" and not on_cpu:
+        raise UserError("runtime.kernel=cpp computes on the CPU; use kernel=auto or device=cpu")
+    tuned = [f"cpp:{','.join(map(str, astuple(t)))}" for t in _tunings(operation, x)]
+    compiles = on_cpu and kernel != "torch" and can_compile(required=kernel == "cpp")
+    if kernel == "cpp":
+        return tuned
+    others = [name for name in TORCH_PLANS if name != "dense-channels_last" or memory_format(x) != torch.channels_last]
+    return [*others, *(tuned if compiles else ())]
+
+
+@cache
+def can_compile(required: bool = False) -> bool:
+    """Whether the compiled kernels can be had; said once. Raises UserError when they are required."""
+    try:
+        library()
+    except CannotBuild as problem:
+        if required:
+            raise UserError(f"runtime.kernel=cpp: {problem}; kernel=auto computes without") from problem
+        log.warning("The stripe-wise convolution is computed by torch: %s", problem)
+        return False
+    return True
+
+
+def _tunings(operation: Operation, x: Tensor) -> list[Tuning]:
+    """Few enough to be measured in a moment; each is the best for some layer of VGG-16 or ResNet-56."""
+    threads = torch.get_num_threads()
+    height, width = operation.output_size(*x.shape[2:])
+    if len(x) * height * width > 1024:
+        found = [Tuning(0, 1, tile, 64, 1) for tile in (128, 256, 512)] + [Tuning(0, 1, 1024, 16, 1)]
+        if operation.channels <= 64:  # so that all channels of a tile stay in the cache
+            found += [Tuning(0, 3, tile, 64, 1) for tile in (256, 1024)]
+    else:  # too few tiles for all threads: they share the filters
+        blocks = [(1, 64), (1, 128)] if height * width > 32 else [(0, 16), (1, 64)]
+        found = [Tuning(0, block, tile, 64, parts) for block, tile in blocks for parts in (1, threads, 2 * threads)]
+    if len(x) >= 8:
+        parts = max(1, min(operation.filters // 32, 2 * threads))
+        block = 1 if len(x) > 16 else 0
+        found += [Tuning(1, block, 16, 64, parts), Tuning(1, block, 32, 64, 1), Tuning(1, block, 4, 128, parts)]
+    return list(dict.fromkeys(found))
+
+
+@cache
+def _fingerprint(threads: int, device: str) -> str:
+    return fingerprint({**machine(device), "threads": threads})
+
+
+def _key(operation: Operation, x: Tensor, names: list[str]) -> str:
+    shape = f"{VERSION} {source_hash()} {operation.identity} {tuple(x.shape)} {x.dtype} {memory_format(x)} {names}"
+    return sha256(shape.encode()).hexdigest()[:24] + ".json"
+
+
+def _bound(implementation: Implementation, x: Tensor):
+    return lambda: implementation(x)

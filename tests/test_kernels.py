@@ -1,0 +1,200 @@
+"""Every backend of the stripe-wise convolution against a dense convolution with masked weights."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from prune_cli.kernels import compiled, compiler, plan, torch_plans
+from prune_cli.kernels.operation import Operation, memory_format
+from prune_cli.kernels.reference import reference
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+TYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # largest relative error
+TUNINGS = [
+    compiled.Tuning(0, 0, 16, 64, 1), compiled.Tuning(0, 1, 64, 3, 2), compiled.Tuning(0, 1, 128, 64, 1),
+    compiled.Tuning(0, 2, 256, 16, 1), compiled.Tuning(1, 0, 16, 64, 1), compiled.Tuning(1, 1, 16, 64, 1),
+    compiled.Tuning(1, 2, 5, 3, 3), compiled.Tuning(0, 3, 256, 64, 1), compiled.Tuning(0, 3, 32, 3, 2),
+]  # fmt: skip
+VARIANTS = [name for name, (needed, _) in compiler.VARIANTS.items() if needed <= compiler.processor_flags()]
+BACKENDS = {
+    "reference": lambda operation, tuning: reference(operation),
+    **{name: lambda operation, tuning, make=make: make(operation) for name, make in plan.TORCH_PLANS.items()},
+    **{
+        name: lambda operation, tuning, name=name: compiled.compiled(operation, tuning, name) for name in VARIANTS
+    },
+}
+
+
+@pytest.fixture
+def no_memory():
+    """A process that has not looked for a compiler yet."""
+    for remembered in (plan.can_compile, compiler.library):
+        remembered.cache_clear()
+    yield
+    for remembered in (plan.can_compile, compiler.library):
+        remembered.cache_clear()
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path, no_memory):
+    monkeypatch.setenv("PRUNE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@st.composite
+def layers(draw):
+    """(input, dense weight, pattern, bias, stride, padding): odd sizes, empty stripes and filters."""
+    size = st.integers(1, 3)
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (5, 5), (2, 2), (1, 3), (3, 2)]))
+    stride, padding = (draw(size), draw(size)), (draw(st.integers(0, 3)), draw(st.integers(0, 2)))
+    channels, filters = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    height, width = (draw(st.integers(max(1, k - 2 * p), 19)) for k, p in zip(kernel, padding, strict=True))
+    images = draw(st.sampled_from([1, 2, 5, 17, 70]))
+    kept, dead = draw(st.sampled_from([0, 0.1, 0.5, 1])), draw(st.sampled_from([0, 0.3]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    pattern = torch.rand(filters, *kernel, generator=generator) < kept
+    pattern &= torch.rand(filters, 1, 1, generator=generator) >= dead
+    x = torch.randn(images, channels, height, width, generator=generator)
+    weight = torch.randn(filters, channels, *kernel, generator=generator)
+    return x, weight, pattern, torch.randn(filters, generator=generator), stride, padding
+
+
+def operation_of(weight, pattern, bias, stride=(1, 1), padding=(1, 1), relu=False) -> Operation:
+    stripes = weight.permute(2, 3, 0, 1)[pattern.permute(1, 2, 0)]
+    return Operation(pattern, stripes, bias, stride, padding, relu)
+
+
+def small_operation(seed: int = 0, channels: int = 8, filters: int = 6) -> Operation:
+    generator = torch.Generator().manual_seed(seed)
+    pattern = torch.rand(filters, 3, 3, generator=generator) < 0.5
+    weight = torch.randn(filters, channels, 3, 3, generator=generator)
+    return operation_of(weight, pattern, torch.randn(filters, generator=generator))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(layers(), st.sampled_from(LAYOUTS), st.sampled_from(list(TYPES)), st.booleans(), st.sampled_from(TUNINGS))
+def test_a_backend_computes_the_masked_convolution(backend, layer, layout, dtype, relu, tuning):
+    x, weight, pattern, bias, stride, padding = layer
+    expected = F.conv2d(x.double(), (weight * pattern.unsqueeze(1)).double(), bias.double(), stride, padding)
+    expected = expected.relu() if relu else expected
+    run = BACKENDS[backend](operation_of(weight, pattern, bias, stride, padding, relu), tuning)
+    x = x.to(dtype).contiguous(memory_format=layout)
+    y = run(x)
+    assert y.dtype == dtype and y.shape == expected.shape and y.is_contiguous(memory_format=memory_format(x))
+    # Relative to the largest sum of magnitudes, which is what rounding is proportional to.
+    scale = F.conv2d(x.abs().float(), (weight * pattern.unsqueeze(1)).abs(), bias.abs(), stride, padding).max()
+    assert (y.double() - expected).abs().max() <= TYPES[dtype] * scale
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_the_number_of_threads_changes_nothing(tuning, threads):
+    operation, x = small_operation(), torch.randn(5, 8, 9, 7)
+    expected = compiled.compiled(operation, tuning)(x)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(compiled.compiled(operation, tuning)(x), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_boxes_follow_the_patterns():
+    pattern = torch.zeros(6, 3, 3, dtype=torch.bool)
+    pattern[:2, 0, :] = pattern[2:4, :, 1] = pattern[4, 1:, 1:] = True
+    clusters = {box: filters.tolist() for box, filters in torch_plans._clusters(pattern)}
+    assert clusters == {(0, 1, 0, 3): [0, 1], (0, 3, 1, 2): [2, 3], (1, 3, 1, 3): [4]}
+
+
+def test_without_a_compiler_torch_computes_and_says_so_once(cache, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", str(cache))
+    with caplog.at_level(logging.WARNING):
+        for seed in (0, 1):
+            name, run = plan.choose(small_operation(seed), torch.randn(2, 8, 5, 5))
+            assert name in plan.TORCH_PLANS and run(torch.randn(2, 8, 5, 5)).shape == (2, 6, 5, 5)
+    assert [r.getMessage() for r in caplog.records] == [
+        "The stripe-wise convolution is computed by torch: there is no C++ compiler"
+    ]
+    with pytest.raises(plan.UserError, match="runtime.kernel=cpp: there is no C"):
+        plan.choose(small_operation(), torch.randn(1, 8, 5, 5), "cpp")
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [("exit 1", "fails: no library"), ("echo 'x.cpp:1: error: bad' >&2; exit 1", "fails: x.cpp:1: error: bad"), (":", "no library")],
+)
+def test_a_broken_compiler_is_named(cache, monkeypatch, script, words):
+    broken = cache / "broken-c++"
+    broken.write_text(f"#!/bin/sh\n{script}\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(compiler.CannotBuild, match=words):
+        compiler.library()
+    assert not list(cache.rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(monkeypatch, tmp_path, no_memory):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PRUNE_CACHE", str(tmp_path / "file"))
+    name, _ = plan.choose(small_operation(), torch.randn(1, 8, 5, 5))
+    assert name in plan.TORCH_PLANS
+
+
+def test_two_processes_build_once_and_a_damaged_library_is_built_again(cache):
+    code = "from prune_cli.kernels.compiler import library; print(library().lanes())"
+    processes = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ)
+        for _ in range(2)
+    ]
+    assert len({process.communicate(timeout=300)[0] for process in processes}) == 1
+    (built,) = cache.rglob("*.so")
+    first = built.stat().st_mtime_ns
+    compiler.library()
+    assert built.stat().st_mtime_ns == first
+    compiler.library.cache_clear()
+    whole = built.read_bytes()
+    built.unlink()  # it is mapped by this process
+    built.write_bytes(whole[: len(whole) // 2])
+    assert compiler.library().lanes() in (4, 8, 16) and built.stat().st_size > len(whole) // 2
+
+
+def test_a_plan_is_measured_once(cache, monkeypatch):
+    operation, x = small_operation(), torch.randn(2, 8, 5, 5)
+    name, _ = plan.choose(operation, x, "torch")
+    monkeypatch.setattr(plan, "measure", None)
+    assert plan.choose(small_operation(), torch.randn(2, 8, 5, 5), "torch")[0] == name
+    with pytest.raises(TypeError):
+        plan.choose(operation, torch.randn(3, 8, 5, 5), "torch")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"plan": "cpp:no"}', '{"plan": null}'])
+def test_a_damaged_plan_is_measured_again(cache, content):
+    operation, x = small_operation(), torch.randn(2, 8, 5, 5)
+    plan.choose(operation, x, "torch")
+    (kept,) = (cache / "plans").rglob("*.json")
+    kept.write_text(content)
+    assert plan.choose(operation, x, "torch")[0] in plan.TORCH_PLANS
+    assert "ms" in kept.read_text()
+
+
+def test_importing_the_package_starts_nothing(tmp_path):
+    code = (
+        "import sys, prune_cli.inference, prune_cli.kernels.plan, torch\n"
+        "assert not torch.cuda.is_initialized() and 'cupy' not in sys.modules"
+    )
+    environment = {**os.environ, "PATH": "", "PRUNE_CACHE": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment, cwd=Path(__file__).parents[1])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_sources_are_in_the_package():
+    assert {path.name for path in compiler.SOURCES.iterdir()} >= {"stripe_conv.cpp", "micro.h", "layer.h"}
