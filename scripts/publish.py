@@ -8,9 +8,11 @@ outputs/published/NAME: nobody types it.
 """
 
 import argparse
+import csv
 import io
 import json
 import re
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -87,6 +89,27 @@ def benchmark(table: str) -> str:
     return "\n".join(lines) + f"\n\n{_where(content['machine'])}, torch {content['versions']['torch']}.\n"
 
 
+def kernels(table: str) -> str:
+    """`prune-cli bench kernel`: geometric means over the layers, and the slowest one."""
+    groups: dict[float, list[dict[str, str]]] = defaultdict(list)
+    with (PUBLISHED / table / "table.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            groups[float(row["ratio"])].append(row)
+    lines = ["| stripes removed | layers | dense plans | speedup, geometric mean | slowest layer | fastest layer |"]
+    lines.append("| ---: | ---: | ---: | ---: | --- | --- |")
+    for ratio, rows in sorted(groups.items()):
+        speedups = {row["layer"]: float(row["speedup"]) for row in rows}
+        slowest, fastest = min(speedups, key=speedups.get), max(speedups, key=speedups.get)
+        dense = sum(row["plan"].startswith("dense") for row in rows)
+        lines.append(
+            f"| {ratio:.0%} | {len(rows)} | {dense} | {statistics.geometric_mean(speedups.values()):.2f}x "
+            f"| {speedups[slowest]:.2f}x ({slowest}) | {speedups[fastest]:.2f}x ({fastest}) |"
+        )
+    environment = json.loads((PUBLISHED / table / "env.json").read_text())
+    where = f"{_where(environment['machine'])}, torch {environment['versions']['torch']}"
+    return "\n".join(lines) + f"\n\nfloat32, batch {groups[min(groups)][0]['batch']}, {where}.\n"
+
+
 def _where(machine: dict) -> str:
     return f"{machine['cpu']}, {machine['threads']} threads"
 
@@ -98,6 +121,7 @@ PARTS: dict[str, tuple[Callable[[str], str], str]] = {
     "stripe-digits-tuning": (tuning, "stripe_digits_tuning"),
     "fp-digits": (stages_over_seeds, "fp_digits"),
     "training-speed": (benchmark, "training_speed"),
+    "kernel-speed": (kernels, "bench_kernel"),
 }
 
 

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from prune_cli.commands.measure import WHOLE, Row, speedups
-from prune_cli.environment import machine, versions
+from prune_cli.environment import machine, versions, write_env
 
 HEADER = ("layer", "count", "batch", "pattern", "ratio", "dense ms", "ours ms", "speedup", "floor ms", "plan")
 
@@ -52,13 +52,14 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def write(rows: list[Row], folder: Path) -> None:
-    """table.csv and speedup.png in `folder`, and say so."""
+    """table.csv, speedup.png and env.json in `folder`, and say so."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*asdict(rows[0]), "speedup"])
         writer.writeheader()
         writer.writerows({**asdict(row), "speedup": row.speedup} for row in rows)
     plot(rows, folder / "speedup.png")
+    write_env(folder / "env.json")
     print(folder / "table.csv", folder / "speedup.png", sep="\n")
 
 
