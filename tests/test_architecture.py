@@ -21,7 +21,7 @@ LAYERS = [
     ["stages"],
     ["methods"],
     ["experiment"],
-    ["filters"],
+    ["filters", "soft"],
     ["trainer"],
     ["method"],
     ["surgery"],
