@@ -1,5 +1,6 @@
 """SFP and FPGM: which filters are zero, when, and what the optimizer may do to them meanwhile."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -53,7 +54,7 @@ def trained(model: nn.Module, method, steps: int) -> nn.Module:
 def test_every_convolution_loses_the_same_fraction_before_the_first_epoch(method):
     """`ratio` is what goes, not what stays; the authors' int() decides about fractions of filters."""
     model = method.prepare(network(RESNET, depth=20, shortcut="A"))
-    norms = {n: {k: t.clone() for k, t in m.state_dict().items()} for n, m in model.named_modules() if isinstance(m, _NormBase)}
+    norms = {n: copy.deepcopy(m.state_dict()) for n, m in model.named_modules() if isinstance(m, _NormBase)}
     fc = model.fc.weight.detach().clone()
     method.before_fit(model, at(0))
     zero = dead(model)

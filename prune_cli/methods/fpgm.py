@@ -1,4 +1,5 @@
-"""FPGM: "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration" (He et al., CVPR 2019)."""
+"""FPGM: "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration"
+(He et al., CVPR 2019)."""
 
 from dataclasses import dataclass
 

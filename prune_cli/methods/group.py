@@ -1,4 +1,5 @@
-"""Group-wise pruning: "Learning Structured Sparsity in Deep Neural Networks" (SSL, Wen et al., NIPS 2016), shape-wise."""
+"""Group-wise pruning: "Learning Structured Sparsity in Deep Neural Networks" (SSL, Wen et al.,
+NIPS 2016), shape-wise."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -1,4 +1,5 @@
-"""Soft filter pruning: "Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks" (He et al., IJCAI 2018)."""
+"""Soft filter pruning: "Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks"
+(He et al., IJCAI 2018)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,8 +18,9 @@ class SoftFilterPruning(SoftPruning):
 
     norm        which norm
     asymptotic  the fraction grows from 0 to `ratio` along an exponential curve, three quarters of it
-                within an eighth of the training: little is lost while the weights still mean little
-                (ASFP: He et al., "Asymptotic Soft Filter Pruning", IEEE Trans. Cybernetics 2019)
+                within an eighth of the training (constants of our own, the authors' code was never
+                released). ASFP: He et al., "Asymptotic Soft Filter Pruning for Deep Convolutional
+                Neural Networks", IEEE Transactions on Cybernetics 2019
     """
 
     norm: Literal["l1", "l2"] = "l2"
