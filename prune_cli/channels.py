@@ -80,7 +80,8 @@ class ChannelGraph:
 
     def own_norm(self, layer: str) -> str | None:
         """The batch norm that reads this layer and no other, where nothing else reads the layer."""
-        readers = self._graph.module2node[self.model.get_submodule(layer)].outputs
+        node = self._graph.module2node.get(self.model.get_submodule(layer))
+        readers = node.outputs if node else []  # a layer that the network never calls has no node
         if len(readers) != 1 or not isinstance(readers[0].module, _NormBase) or len(readers[0].inputs) != 1:
             return None
         return self._names[readers[0].module]

@@ -1,8 +1,8 @@
 """A network as one self-contained file: safetensors with the recipe for its modules in the header.
 
 The header says how to build the dense network (`ModelSpec`) and what surgery changed: attributes
-of layers, which layers became stripe convolutions, and behind which ones channels are scattered
-into a residual sum. All of it is plain data; loading builds the dense network, replays the surgery,
+of layers, which layers hold stripes or gathered columns only, and behind which ones channels are
+scattered into a residual sum. All of it is plain data; loading builds the dense network, replays the surgery,
 and fills in the tensors. No pickle, no run folder.
 """
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prune_cli.errors import UserError
+from prune_cli.layers.gathered import GatheredConv2d
 from prune_cli.layers.scatter import ScatterChannels, scattered
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.models.spec import ModelSpec
@@ -28,10 +29,12 @@ WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features"
 def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> None:
     """Write `model`, which `spec` built and surgery may have cut, to `path`."""
     channels, resolution = model.input_shape[0], model.input_shape[1]
-    widths, stripes, scatters = {}, {}, {}
+    widths, stripes, groups, scatters = {}, {}, {}, {}
     for name, module in model.named_modules():
         if isinstance(module, StripeConv2d):
             stripes[name] = {"in_channels": module.in_channels}
+        elif isinstance(module, GatheredConv2d):
+            groups[name] = {"out_channels": module.out_channels}
         elif isinstance(module, ScatterChannels):
             scatters[name.rpartition(".")[0]] = module.out_channels
         elif found := {a: getattr(module, a) for a in WIDTHS if isinstance(getattr(module, a, None), int)}:
@@ -42,6 +45,7 @@ def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> N
         "shape": {"channels": channels, "resolution": resolution, "classes": classes},
         "widths": widths,
         "stripes": stripes,
+        "groups": groups,
         "scatters": scatters,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
@@ -95,6 +99,11 @@ def _rebuilt(header: dict, tensors: dict[str, Tensor]) -> nn.Module:
         conv = model.get_submodule(name)
         pattern = tensors[f"{name}.pattern"]
         layer = StripeConv2d(stripe["in_channels"], pattern, conv.stride, conv.padding, conv.bias is not None)
+        model.set_submodule(name, layer)
+    for name, gathered in header.get("groups", {}).items():
+        conv = model.get_submodule(name)
+        pattern = tensors[f"{name}.pattern"]
+        layer = GatheredConv2d(pattern, gathered["out_channels"], conv.stride, conv.padding, conv.bias is not None)
         model.set_submodule(name, layer)
     _resize(model, tensors)
     model.load_state_dict(tensors)

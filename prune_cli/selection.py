@@ -47,8 +47,8 @@ def select_local(
     """Remove the fraction `ratios[layer]` of each layer's units, the lowest scores first.
 
     A layer of n units keeps `int(n * (1 - ratio))`, at least one. That is the expression of the
-    authors' code (PFEC, SFP) with its binary rounding: `int(20 * (1 - 0.9))` is 1, not 2. Neuron
-    merging has `round` for fully connected layers.
+    authors' code (PFEC) with its binary rounding: `int(20 * (1 - 0.9))` is 1, not 2. Neuron merging
+    has `round` for fully connected layers, SFP and FPGM round up.
     """
     keep, floors = {}, []
     for layer, score in scores.items():

@@ -20,9 +20,13 @@ from torch import Tensor, nn
 
 from prune_cli.channels import ChannelGraph, ChannelGroup
 from prune_cli.errors import StageError
+from prune_cli.layers.gathered import GatheredConv2d
 from prune_cli.layers.scatter import scattered
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.masks import UNIT_AXES, Masks, dead_filters
+
+# Layers of which only the surviving units exist, with nothing to hold at zero.
+PACKED = {"stripe": StripeConv2d, "group": GatheredConv2d}
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -81,8 +85,10 @@ def cut(model: nn.Module, masks: Masks) -> Cut:
         _close(model, gap, removed.get(gap.layer, []))
         removed |= {name: sorted({*removed.get(name, ()), *channels}) for name, channels in gap.outputs.items()}
     remaining = _remap(masks, removed, unread)
-    if masks.unit == "stripe":
-        _pack_stripes(model, remaining)
+    if packed := PACKED.get(masks.unit):
+        for layer, pattern in remaining.keep.items():
+            if not pattern.all():
+                model.set_submodule(layer, packed.from_conv(model.get_submodule(layer), pattern.cpu()))
         remaining = Masks(masks.unit, {}, masks.requested)
     return Cut(model, remaining, removed, {gap.last: f"{gap.last}.layer" for gap in gaps})
 
@@ -224,15 +230,9 @@ def _remap(masks: Masks, removed: dict[str, list[int]], unread: dict[str, list[i
                 dim = UNIT_AXES[masks.unit].index(axis)
                 left = torch.tensor(sorted(set(range(mask_.shape[dim])) - set(channels)), device=mask_.device)
                 mask_ = mask_.index_select(dim, left)
-        if not mask_.all() or masks.unit == "stripe":
+        if not mask_.all():
             keep[layer] = mask_
     return Masks(masks.unit, keep, masks.requested)
-
-
-def _pack_stripes(model: nn.Module, masks: Masks) -> None:
-    for layer, pattern in masks.keep.items():
-        if not pattern.all():
-            model.set_submodule(layer, StripeConv2d.from_conv(model.get_submodule(layer), pattern.cpu()))
 
 
 def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ LAYERS = [
     ["stages"],
     ["methods"],
     ["experiment"],
-    ["filters"],
+    ["filters", "soft"],
     ["trainer"],
     ["method"],
     ["surgery"],

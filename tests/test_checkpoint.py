@@ -28,7 +28,7 @@ NETWORKS = {
     "depthwise": ("toys.Grouped", {"groups": 6}, 3, 8),
     "concat": ("toys.Concat", {}, 3, 8),
 }
-FORMS = ["dense", "filter", "stripe"]
+FORMS = ["dense", "filter", "stripe", "group", "weight"]
 
 
 def form_of(model: nn.Module, form: str) -> nn.Module:

@@ -111,6 +111,9 @@ def test_every_overridden_hook_changes_something(experiment):
         for name, parameter in model.named_parameters():
             if parameter.numel() and "skeleton" in name:
                 parameter.data.view(-1)[0] = 1e-4  # something that has shrunk away
+        if hook in ("after_step", "after_epoch"):
+            for parameter in model.parameters():
+                parameter.data.add_(1e-3)  # the optimizer has been at work
         before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters() if p.grad is not None]
         getattr(method, hook)(model, progress)
         after = [(p.detach(), p.grad) for p in model.parameters() if p.grad is not None]

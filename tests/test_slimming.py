@@ -113,3 +113,23 @@ def test_prunable_layers_without_a_scale_of_their_own_stay_whole():
     assert set(NetworkSlimming().prune(model, 0.5).keep) == {"features.0", "features.6"}
     with pytest.raises(UserError, match="batch norm"):
         NetworkSlimming().prepare(network("toys.Concat"))
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_filters_of_residual_sums_by_option(shortcut):
+    model = network("prune_cli.models.resnet.CifarResNet", depth=20, shortcut=shortcut)
+    inner = {f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)}
+    assert set(NetworkSlimming().prune(model, 0.5).keep) == inner
+    masks = NetworkSlimming(residual=True).prune(model, 0.5)
+    assert inner | {"conv1", "layer1.0.conv2", "layer3.2.conv2"} < set(masks.keep)
+    small = surgery.cut(model, masks)
+    surgery.verify(surgery.mask(model, masks), small)
+    for name, keep in masks.keep.items():
+        assert small.model.get_submodule(name).out_channels == int(keep.sum())
+
+
+def test_neurons_behind_a_norm_of_their_own_count_too():
+    """The fully connected layers of a VGG: the paper's VGG-A for ImageNet loses most of its there."""
+    masks = NetworkSlimming().prune(network(VGG, depth=11, classifier="double"), 0.5)
+    assert "classifier.fc1" in masks.keep
+    assert "classifier.fc2" not in masks.keep

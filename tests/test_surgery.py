@@ -10,6 +10,7 @@ from toys import network, random_masks
 
 from prune_cli import surgery
 from prune_cli.errors import StageError
+from prune_cli.layers.gathered import GatheredConv2d
 from prune_cli.layers.scatter import ScatterChannels
 from prune_cli.layers.skeleton import SkeletonConv2d
 from prune_cli.layers.stripe import StripeConv2d
@@ -70,22 +71,33 @@ def test_cut_is_masked(target, arguments, unit):
     assert count_macs(small.model, model.input_shape) <= count_macs(model, model.input_shape)
 
 
-@pytest.mark.parametrize("unit", ["weight", "group"])
 @every_network
-def test_masks_follow_the_cut(target, arguments, unit):
+def test_masks_follow_the_cut(target, arguments):
     """Filters that lost everything are gone, with the inputs that read them; what is held at zero
     afterwards are the zeros of the cut network and nothing else."""
     model = network(target, **arguments)
-    masks = random_masks(model, unit, kept=0.6)
-    if unit == "weight":
-        for keep in masks.keep.values():
-            keep[::2] = False
+    masks = random_masks(model, "weight", kept=0.6)
+    for keep in masks.keep.values():
+        keep[::2] = False
     small = compared(model, masks)
-    assert unit == "group" or any(small.removed.values())
+    assert any(small.removed.values())
     for name in masks.keep:
         weight = small.model.get_submodule(name).weight
         held = small.masks.of(name, weight) if name in small.masks.keep else torch.ones_like(weight, dtype=torch.bool)
         assert torch.equal(held.expand_as(weight), weight != 0), name
+
+
+@every_network
+def test_columns_are_gone(target, arguments):
+    model = network(target, **arguments)
+    masks = random_masks(model, "group", kept=0.6)
+    small = compared(model, masks)
+    assert small.masks.keep == {}
+    for name, keep in masks.keep.items():
+        layer = small.model.get_submodule(name)
+        assert isinstance(layer, GatheredConv2d) or keep.all()
+        assert layer.weight[0].count_nonzero() == keep.sum()
+    assert count_parameters(small.model) < count_parameters(model)
 
 
 @settings(deadline=None, max_examples=15)

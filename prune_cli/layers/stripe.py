@@ -22,7 +22,7 @@ class StripeConv2d(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, pattern.shape[0]
-        self.stride, self.padding = tuple(stride), _in_pixels(padding, pattern.shape[1:])
+        self.stride, self.padding = tuple(stride), in_pixels(padding, pattern.shape[1:])
         self.stripes = nn.Parameter(torch.empty(int(pattern.sum()), in_channels))
         self.bias = nn.Parameter(torch.empty(self.out_channels)) if bias else None
         self.register_buffer("pattern", pattern.bool())
@@ -57,7 +57,16 @@ class StripeConv2d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, stripes={alive}/{total}, stride={self.stride}"
 
 
-def _in_pixels(padding: tuple[int, int] | str, kernel: torch.Size) -> tuple[int, int]:
+def packable(module: nn.Module) -> bool:
+    """Whether the layer is a convolution that can do with a part of its stripes or columns: without
+    groups and dilation, padded with as many zeros on either side."""
+    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
+        return False
+    asymmetric = module.padding == "same" and any(size % 2 == 0 for size in module.kernel_size)
+    return module.groups == 1 and module.dilation == (1, 1) and not asymmetric
+
+
+def in_pixels(padding: tuple[int, int] | str, kernel: torch.Size) -> tuple[int, int]:
     """The padding on either side; nn.Conv2d also has the words "valid" and "same" (odd kernels here)."""
     if isinstance(padding, str):
         return tuple(size // 2 if padding == "same" else 0 for size in kernel)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from prune_cli.channels import ChannelGraph
 from prune_cli.errors import UserError
-from prune_cli.filters import prunable_filters
 from prune_cli.hooks import Progress
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
@@ -28,6 +28,8 @@ class NetworkSlimming(PruningMethod):
     strength  used when lam is None: how many times over the schedule would drive an unused scale
               from one to zero. The published CIFAR-10 settings are a strength of 9.5 for VGG
               (lam 1e-4) and 2.7 for ResNet and DenseNet (lam 1e-5)
+    residual  also remove filters that write into a residual sum, each layer for itself; the paper
+              leaves the sums of ResNets whole
     """
 
     unit: ClassVar[str] = "filter"
@@ -36,9 +38,10 @@ class NetworkSlimming(PruningMethod):
     finetune: bool = selection_field(default=True)
     lam: NonNegative | None = None
     strength: Positive = 2.7
+    residual: bool = selection_field(default=False)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        _own_scales(model)
+        self._own_scales(model)
         return super().prepare(model)
 
     def penalty(self, model: nn.Module, progress: Progress) -> dict[str, Tensor]:
@@ -48,29 +51,30 @@ class NetworkSlimming(PruningMethod):
         return {"scale_l1": weight * scales.abs().sum()}
 
     def prune(self, model: nn.Module, ratio: float) -> Masks:
-        scores = _own_scales(model)
+        scores = self._own_scales(model)
         masks = select_global(scores, ratio, self.unit)
         return masks.with_notes(*separation_note(scores, masks, "scale of batch norm"))
 
     def watch(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: norm.weight.detach().abs() for name, norm in _scaled_norms(model).items()}
 
+    def _own_scales(self, model: nn.Module) -> dict[str, Tensor]:
+        """(O,) |gamma| of the batch norm behind every prunable layer, by the layer's name.
+
+        Raises UserError: no layer has one.
+        """
+        graph, norms = ChannelGraph(model), _scaled_norms(model)
+        inner = {producer for group in graph.inner for producer in group.producers}
+        scales = {}
+        for name, layer in model.named_modules():
+            prunable = name in inner or (self.residual and isinstance(layer, nn.Conv2d) and layer.groups == 1)
+            # Not a norm behind a concatenation or a sum: its channels are other layers' too.
+            if prunable and (norm := graph.own_norm(name)) in norms:
+                scales[name] = norms[norm].weight.detach().abs()
+        if not scales:
+            raise UserError("method=slimming: no prunable layer of the model has a batch norm with a scale of its own")
+        return scales
+
 
 def _scaled_norms(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, _NormBase) and m.weight is not None}
-
-
-def _own_scales(model: nn.Module) -> dict[str, Tensor]:
-    """(O,) |gamma| of the batch norm behind every prunable layer, by the layer's name.
-
-    Raises UserError: no layer has one.
-    """
-    scales = {}
-    for name, group in prunable_filters(model).items():
-        # A norm behind a concatenation has other layers' channels too.
-        norms = [n for n in map(model.get_submodule, group.norms) if n.num_features == group.width]
-        if norms and norms[0].weight is not None:
-            scales[name] = norms[0].weight.detach().abs()
-    if not scales:
-        raise UserError("method=slimming: no prunable layer of the model has a batch norm with a scale of its own")
-    return scales

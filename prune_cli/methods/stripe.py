@@ -11,6 +11,7 @@ from prune_cli.channels import ChannelGraph, ChannelGroup
 from prune_cli.errors import UserError
 from prune_cli.hooks import Progress
 from prune_cli.layers.skeleton import SkeletonConv2d
+from prune_cli.layers.stripe import packable
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
 from prune_cli.selection import keep_best, select_global, select_threshold, separation_note
@@ -91,12 +92,7 @@ class StripePruning(PruningMethod):
 
 
 def _has_stripes(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Conv2d):
-        return False
-    asymmetric = module.padding == "same" and any(size % 2 == 0 for size in module.kernel_size)
-    if module.padding_mode != "zeros" or asymmetric:
-        return False
-    return math.prod(module.kernel_size) > 1 and module.groups == 1 and module.dilation == (1, 1)
+    return packable(module) and math.prod(module.kernel_size) > 1
 
 
 def _own_norms(model: nn.Module, group: ChannelGroup) -> tuple[str, ...]:

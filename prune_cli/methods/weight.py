@@ -36,12 +36,13 @@ class WeightPruning(PruningMethod):
         scores = {name: layer.weight.detach().abs() for name, layer in self._layers(model).items()}
         if self.scope == "global":
             if self.last_rate != 1:
-                raise UserError("method.last_rate: belongs to method.scope=local; a global ranking has no rate per layer")
+                raise UserError("method.last_rate: belongs to method.scope=local; a global ranking has no layer rates")
             return select_global(scores, ratio, self.unit)
         ratios = dict.fromkeys(scores, ratio)
         if (last := list(_weighted(model))[-1]) in ratios:
             ratios[last] *= self.last_rate
-        requested = sum(ratios[name] * s.numel() for name, s in scores.items()) / sum(s.numel() for s in scores.values())
+        sizes = {name: s.numel() for name, s in scores.items()}
+        requested = sum(ratios[name] * size for name, size in sizes.items()) / sum(sizes.values())
         return select_local(scores, ratios, self.unit, requested)
 
     def _layers(self, model: nn.Module) -> dict[str, nn.Module]:
