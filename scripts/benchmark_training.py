@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,7 @@ from prune_cli.trainer import fit, resolved_precision
 
 BATCH = 128
 FASHION_MNIST_IMAGES = 60_000
-TURNS = 5
+TURNS = 3
 FIT = FitSettings(
     epochs=1, batch_size=BATCH, optimizer="sgd", lr=0.01, momentum=0.9, nesterov=False,
     weight_decay=1e-4, schedule="constant",
@@ -118,11 +118,11 @@ def images_per_second(loops: dict[str, Callable[[int], None]], seconds: float) -
     """Every loop's speed in every turn; the loops take turns of about `seconds`."""
     steps = {}
     for name, loop in loops.items():
-        loop(4)  # warm-up: allocations, choice of kernels
+        loop(2)  # warm-up: allocations, choice of kernels
         began = time.perf_counter()
-        loop(4)
-        per_step = (time.perf_counter() - began) / 4
-        steps[name] = min(max(4, int(seconds / per_step)), FASHION_MNIST_IMAGES // BATCH)
+        loop(2)
+        per_step = (time.perf_counter() - began) / 2
+        steps[name] = min(max(3, int(seconds / per_step)), FASHION_MNIST_IMAGES // BATCH)
         loop(steps[name])  # and its data
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(TURNS):
@@ -179,42 +179,45 @@ def _fashion_mnist(data_root: Path) -> Callable[[int], Splits]:
     return splits_of
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder that holds FashionMNIST/raw")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of one turn, seconds")
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
-    arguments = parser.parse_args()
-    rows = []
+def comparisons(data_root: Path | None, seconds: float) -> Iterator[dict]:
+    """All rows of the result, one after the other."""
     for name, make in MODELS.items():
         precision = resolved_precision("auto", torch.device("cpu"), make())
-        convolves = name != "lenet_300_100"
-        layout = torch.channels_last if convolves else torch.contiguous_format
+        layout = torch.contiguous_format if name == "lenet_300_100" else torch.channels_last
         model = make()
         loops = {
             "trainer": trainer_loop(model, _synthetic(model), precision),
             "bare loop": bare_loop(make(), precision, layout),
         }
-        speeds = images_per_second(loops, arguments.seconds)
-        rows.append(row(f"{name}, {precision}", speeds, "trainer", "bare loop"))
+        yield row(f"{name}, {precision}", images_per_second(loops, seconds), "trainer", "bare loop")
+    if data_root:
+        loops = {
+            "trainer": trainer_loop(MODELS["lenet_300_100"](), _fashion_mnist(data_root), "float32"),
+            "DataLoader": dataloader_loop(MODELS["lenet_300_100"](), data_root),
+        }
+        yield row("lenet_300_100 on fashion_mnist", images_per_second(loops, seconds), "trainer", "DataLoader")
     for name in ("resnet56", "vgg16"):
         loops = {
             "bfloat16, channels_last": bare_loop(MODELS[name](), "bfloat16", torch.channels_last),
             "float32, channels_last": bare_loop(MODELS[name](), "float32", torch.channels_last),
             "float32, NCHW": bare_loop(MODELS[name](), "float32", torch.contiguous_format),
         }
-        speeds = images_per_second(loops, arguments.seconds)
-        rows += [row(f"{name}: {loop} / float32, NCHW", speeds, loop, "float32, NCHW") for loop in list(loops)[:2]]
-    if arguments.data:
-        model = MODELS["lenet_300_100"]()
-        loops = {
-            "trainer": trainer_loop(model, _fashion_mnist(arguments.data), "float32"),
-            "DataLoader": dataloader_loop(MODELS["lenet_300_100"](), arguments.data),
-        }
-        rows.append(row("lenet_300_100, fashion_mnist", images_per_second(loops, arguments.seconds), "trainer", "DataLoader"))
-    if arguments.out:
-        content = {"benchmark": "training", "machine": machine(), "versions": versions(), "rows": rows}
-        arguments.out.write_text(json.dumps(content, indent=2) + "\n")
+        speeds = images_per_second(loops, seconds)
+        yield from (row(f"{name}: {loop} / float32, NCHW", speeds, loop, "float32, NCHW") for loop in list(loops)[:2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder that holds FashionMNIST/raw")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of one turn, seconds")
+    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    arguments = parser.parse_args()
+    rows: list[dict] = []
+    for found in comparisons(arguments.data, arguments.seconds):
+        rows.append(found)
+        if arguments.out:  # after every comparison: a run that is stopped leaves what it had
+            content = {"benchmark": "training", "machine": machine(), "versions": versions(), "rows": rows}
+            arguments.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
