@@ -51,7 +51,7 @@ def records(table: str) -> list[Record]:
 def one_run(table: str) -> str:
     """What the first seed's run printed at its end."""
     text = io.StringIO()
-    render(records(table)[0], Console(file=text, width=120))
+    render(records(table)[0], Console(file=text, width=140))
     lines = (line.rstrip() for line in text.getvalue().strip("\n").splitlines())
     return "```\n" + "\n".join(lines) + "\n```\n"
 
