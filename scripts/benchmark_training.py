@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -81,20 +82,23 @@ def bare_loop(model: nn.Module, precision: str, layout: torch.memory_format) -> 
     return run
 
 
-def trainer_loop(model: nn.Module, splits_of: Callable[[int], Splits], precision: str) -> Callable[[int], None]:
+def trainer_loop(
+    model: nn.Module, splits_of: Callable[[int], Splits], precision: str, batch_size: int = BATCH
+) -> Callable[[int], None]:
     """`trainer.fit` over `steps` batches."""
+    settings = replace(FIT, batch_size=batch_size)
 
     def run(steps: int) -> None:
         silent = Silent()
         fit(
-            model, splits_of(steps), FIT, TrainingHooks(), precision=precision, seed=0, stage="dense",
+            model, splits_of(steps), settings, TrainingHooks(), precision=precision, seed=0, stage="dense",
             checkpoint=silent, monitor=silent,
         )  # fmt: skip
 
     return run
 
 
-def dataloader_loop(model: nn.Module, data_root: Path) -> Callable[[int], None]:
+def dataloader_loop(model: nn.Module, data_root: Path, batch_size: int) -> Callable[[int], None]:
     """The usual pipeline: per-sample ToTensor and Normalize in one worker process."""
     from prune_cli.vision import torchvision
 
@@ -104,8 +108,8 @@ def dataloader_loop(model: nn.Module, data_root: Path) -> Callable[[int], None]:
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
 
     def run(steps: int) -> None:
-        subset = torch.utils.data.Subset(images, range(steps * BATCH))
-        for x, y in torch.utils.data.DataLoader(subset, BATCH, shuffle=True, num_workers=1):
+        subset = torch.utils.data.Subset(images, range(steps * batch_size))
+        for x, y in torch.utils.data.DataLoader(subset, batch_size, shuffle=True, num_workers=1):
             loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad()
             loss.backward()
@@ -114,7 +118,9 @@ def dataloader_loop(model: nn.Module, data_root: Path) -> Callable[[int], None]:
     return run
 
 
-def images_per_second(loops: dict[str, Callable[[int], None]], seconds: float) -> dict[str, list[float]]:
+def images_per_second(
+    loops: dict[str, Callable[[int], None]], seconds: float, batch_size: int = BATCH
+) -> dict[str, list[float]]:
     """Every loop's speed in every turn; the loops take turns of about `seconds`."""
     steps = {}
     for name, loop in loops.items():
@@ -122,14 +128,14 @@ def images_per_second(loops: dict[str, Callable[[int], None]], seconds: float) -
         began = time.perf_counter()
         loop(2)
         per_step = (time.perf_counter() - began) / 2
-        steps[name] = min(max(3, int(seconds / per_step)), FASHION_MNIST_IMAGES // BATCH)
+        steps[name] = min(max(3, int(seconds / per_step)), FASHION_MNIST_IMAGES // batch_size)
         loop(steps[name])  # and its data
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(TURNS):
         for name, loop in loops.items():
             began = time.perf_counter()
             loop(steps[name])
-            speeds[name].append(steps[name] * BATCH / (time.perf_counter() - began))
+            speeds[name].append(steps[name] * batch_size / (time.perf_counter() - began))
     return speeds
 
 
@@ -168,12 +174,12 @@ def _synthetic(model: nn.Module) -> Callable[[int], Splits]:
     return splits_of
 
 
-def _fashion_mnist(data_root: Path) -> Callable[[int], Splits]:
+def _fashion_mnist(data_root: Path, batch_size: int) -> Callable[[int], Splits]:
     dataset = TorchvisionSet(name="fashion_mnist", source="FashionMNIST", mean=(0.5,), std=(0.5,))
 
     @cache
     def splits_of(steps: int) -> Splits:
-        limit = min(steps * BATCH, FASHION_MNIST_IMAGES)
+        limit = min(steps * batch_size, FASHION_MNIST_IMAGES)
         return dataset.load(data_root, torch.device("cpu"), validation=0.0, limit=limit, workers=0)
 
     return splits_of
@@ -190,12 +196,14 @@ def comparisons(data_root: Path | None, seconds: float) -> Iterator[dict]:
             "bare loop": bare_loop(make(), precision, layout),
         }
         yield row(f"{name}, {precision}", images_per_second(loops, seconds), "trainer", "bare loop")
-    if data_root:
+    for batch_size in (BATCH, 4 * BATCH) if data_root else ():
+        ours = _fashion_mnist(data_root, batch_size)
         loops = {
-            "trainer": trainer_loop(MODELS["lenet_300_100"](), _fashion_mnist(data_root), "float32"),
-            "DataLoader": dataloader_loop(MODELS["lenet_300_100"](), data_root),
+            "trainer": trainer_loop(MODELS["lenet_300_100"](), ours, "float32", batch_size),
+            "DataLoader": dataloader_loop(MODELS["lenet_300_100"](), data_root, batch_size),
         }
-        yield row("lenet_300_100 on fashion_mnist", images_per_second(loops, seconds), "trainer", "DataLoader")
+        speeds = images_per_second(loops, seconds, batch_size)
+        yield row(f"lenet_300_100 on fashion_mnist, batch {batch_size}", speeds, "trainer", "DataLoader")
     for name in ("resnet56", "vgg16"):
         loops = {
             "bfloat16, channels_last": bare_loop(MODELS[name](), "bfloat16", torch.channels_last),
