@@ -13,6 +13,7 @@ puts the surviving channels back at their places.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -194,20 +195,20 @@ def _close(model: nn.Module, gap: _Gap, removed: list[int]) -> None:
 
 def _outputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]]) -> dict[str, list[int]]:
     """Per layer the output channels that are among the dead ones of any group."""
-    outputs: dict[str, list[int]] = {}
-    for group, channels in dead:
-        for name, idxs in graph.outputs(group, channels).items():
-            outputs[name] = sorted({*outputs.get(name, ()), *idxs})
-    return outputs
+    return _united(graph.outputs(group, channels) for group, channels in dead)
 
 
 def _inputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]]) -> dict[str, list[int]]:
     """Per layer the input channels that nobody writes any more."""
-    inputs: dict[str, list[int]] = {}
-    for group, channels in dead:
-        for name, idxs in graph.inputs(group, channels).items():
-            inputs[name] = sorted({*inputs.get(name, ()), *idxs})
-    return inputs
+    return _united(graph.inputs(group, channels) for group, channels in dead)
+
+
+def _united(parts: Iterable[dict[str, list[int]]]) -> dict[str, list[int]]:
+    channels: dict[str, set[int]] = {}
+    for part in parts:
+        for name, idxs in part.items():
+            channels.setdefault(name, set()).update(idxs)
+    return {name: sorted(idxs) for name, idxs in channels.items()}
 
 
 def _zero_channels(model: nn.Module, outputs: dict[str, list[int]]) -> None:

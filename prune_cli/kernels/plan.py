@@ -9,6 +9,7 @@ format. It is kept in the cache under the machine's fingerprint, never in the mo
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import astuple
 from functools import cache
 from hashlib import sha256
@@ -56,12 +57,10 @@ def choose(operation: Operation, x: Tensor, kernel: str = "auto") -> tuple[str, 
     if len(names) == 1:
         return names[0], make(names[0], operation)
     path = cache_folder() / "plans" / _fingerprint(torch.get_num_threads(), str(x.device)) / _key(operation, x, names)
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not measured yet, or damaged
         plan = json.loads(path.read_text(encoding="utf-8"))["plan"]
         if plan in names:
             return plan, make(plan, operation)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not measured yet, or damaged
     times = measure(operation, x, names)
     plan = min(times, key=times.get)
     try:

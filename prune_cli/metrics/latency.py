@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prune_cli.inference import for_inference
+from prune_cli.metrics.accuracy import memory_format
 from prune_cli.record import Latency
 from prune_cli.timing import alternate
 
@@ -39,21 +40,13 @@ def measure(
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         for batch in batches:
             x_nchw = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-            inputs = {name: _placed(x_nchw, model, device) for name, model in copies.items()}
+            inputs = {
+                name: x_nchw.to(device).contiguous(memory_format=memory_format(model)) for name, model in copies.items()
+            }
             runs = {name: partial(prepared[name], inputs[name]) for name in prepared}
             for name, times in alternate(runs, seconds, partial(_synchronise, device)).items():
                 results[name].append(_summary(batch, times))
     return {name: tuple(latencies) for name, latencies in results.items()}
-
-
-def _placed(x_nchw: Tensor, model: nn.Module, device: torch.device) -> Tensor:
-    """The input on the device, channels_last when the weights are (1x1 kernels are both)."""
-    channels_last = any(
-        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
-        for p in model.parameters()
-    )
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return x_nchw.to(device).contiguous(memory_format=memory_format)
 
 
 def _synchronise(device: torch.device) -> None:
