@@ -25,7 +25,7 @@ from prune_cli.checkpoint import load_model, save_model
 from prune_cli.datasets.dataset import Splits
 from prune_cli.errors import UserError
 from prune_cli.experiment import Experiment
-from prune_cli.hooks import TrainingHooks
+from prune_cli.hooks import Progress, TrainingHooks
 from prune_cli.journal import Journal
 from prune_cli.masks import Masks, random_like
 from prune_cli.metrics.accuracy import accuracy
@@ -34,7 +34,7 @@ from prune_cli.seeding import derive, seeded
 from prune_cli.settings import FitSettings, Precision
 from prune_cli.store import Artifact, Make, Partial, Store, key_of
 from prune_cli.targets import source_hash
-from prune_cli.trainer import fit, resolved_precision, steps_per_epoch
+from prune_cli.trainer import fit, resolved_precision, steps_per_epoch, travel
 
 # Raised when a stage computes something else than before under the same settings.
 VERSIONS = {"dense": 1, "sparse": 1, "pruned": 1, "random": 1, "finetuned": 1}
@@ -93,7 +93,7 @@ class Workshop:
         }
 
     def rehearse(self) -> None:
-        """Once, before the first training: prepare, select, cut and verify on the untrained network.
+        """Once, before the first training: prepare, penalise, select, cut and verify on the untrained network.
 
         Whatever the method cannot do with this network is said now, not after hours.
         """
@@ -102,6 +102,11 @@ class Workshop:
         self.rehearsed = True
         method = self.experiment.method
         model = method.prepare(self.untrained())
+        if method.start is not None:
+            settings = self.experiment.recipe.sparsify
+            steps = settings.epochs * steps_per_epoch(len(self.splits.train), settings.batch_size)
+            way = travel(settings, steps)
+            method.penalty(model, Progress(0, settings.epochs, 0, steps, way, settings.weight_decay))
         masks = method.prune(model, self.experiment.ratio)
         surgery.verify(surgery.mask(model, masks), surgery.cut(model, masks))
 

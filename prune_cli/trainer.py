@@ -51,8 +51,13 @@ def fit(
     checkpoint: Checkpoint,
     monitor: Monitor,
     watch: Callable[[nn.Module], Mapping[str, Tensor]] = lambda model: {},
+    start: int = 0,
+    stop: int | None = None,
 ) -> History:
     """Train `model` in place and return one row of figures per epoch.
+
+    Of the schedule's epochs those from `start` up to before `stop` are trained (None: to the end);
+    a run that ended at `stop` goes on from its checkpoint as if it had never ended.
 
     The order of the hooks is drawn in `TrainingHooks`. Every epoch takes its randomness (order of
     the images, augmentation, dropout, hooks) from (seed, stage, epoch) and ends in `checkpoint`, so
@@ -61,14 +66,14 @@ def fit(
 
     Raises StageError: the loss or a weight is not finite, or the accuracy collapsed to chance.
     """
-    run = _Run(model, splits, settings, precision)
+    run = _Run(model, splits, settings, precision, start)
     if run.resume(checkpoint):
         monitor.resumed(run.history)
     else:
         with seeded(derive(seed, stage, "before_fit"), run.device):
             hooks.before_fit(model, run.progress())
-    while len(run.history) < settings.epochs:
-        epoch_seed = derive(seed, stage, len(run.history))
+    while run.epoch < (settings.epochs if stop is None else stop):
+        epoch_seed = derive(seed, stage, run.epoch)
         with seeded(epoch_seed, run.device):
             figures = _train_epoch(run, hooks, epoch_seed, monitor)
             hooks.after_epoch(model, run.progress())
@@ -79,7 +84,7 @@ def fit(
         run.history.append(figures)
         _check_alive(run, stage, splits.classes)
         checkpoint.save(run.state())
-        monitor.epoch(len(run.history), figures, watched)
+        monitor.epoch(run.epoch, figures, watched)
     return run.history
 
 
@@ -92,16 +97,18 @@ def _train_epoch(run: "_Run", hooks: TrainingHooks, seed: int, monitor: Monitor)
         progress = run.progress()
         rate = run.set_learning_rate()
         with run.autocast():
-            logits = model(x.contiguous(memory_format=run.layout))
+            x = x.contiguous(memory_format=run.layout)
+            logits = model(x)
             loss = F.cross_entropy(logits, y)
-        penalties = hooks.penalty(model, progress)
+            terms = hooks.batch_loss(model, progress, x, logits)
+        terms = {**terms, **hooks.penalty(model, progress)}
         optimizer.zero_grad(set_to_none=True)
-        sum(penalties.values(), loss.float()).backward()
+        sum(terms.values(), loss.float()).backward()
         hooks.after_backward(model, progress)
         optimizer.step()
         run.step += 1
         hooks.after_step(model, progress)
-        tally.add(logits.detach(), y, loss.detach(), penalties)
+        tally.add(logits.detach(), y, loss.detach(), terms)
         monitor.step()
     return tally.figures() | {"learning_rate": rate}
 
@@ -109,26 +116,34 @@ def _train_epoch(run: "_Run", hooks: TrainingHooks, seed: int, monitor: Monitor)
 class _Run:
     """What one `fit` moves forward: weights, optimizer, step, history; and how to save it."""
 
-    def __init__(self, model: nn.Module, splits: Splits, settings: FitSettings, precision: Precision) -> None:
+    def __init__(
+        self, model: nn.Module, splits: Splits, settings: FitSettings, precision: Precision, start: int
+    ) -> None:
         self.model, self.splits, self.settings = model, splits, settings
         self.device = next(model.parameters()).device
         convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
         self.layout = torch.channels_last if convolves else torch.contiguous_format
         model.to(memory_format=self.layout)
         self.precision = precision
-        self.steps = steps_per_epoch(len(splits.train), settings.batch_size) * settings.epochs
-        self.travel = sum(learning_rate(settings, s, self.steps) for s in range(self.steps)) / (1 - settings.momentum)
+        per_epoch = steps_per_epoch(len(splits.train), settings.batch_size)
+        self.steps = per_epoch * settings.epochs
+        self.travel = travel(settings, self.steps)
         self.optimizer = _optimizer(model, settings)
-        self.step = 0
+        self.start, self.step = start, per_epoch * start
         self.history: History = []
+
+    @property
+    def epoch(self) -> int:
+        """Epochs of the schedule that lie behind."""
+        return self.start + len(self.history)
 
     def leaves_out(self, x: Tensor) -> bool:
         """Whether the batch is a last one of a single image, which batch norm cannot normalise."""
         return len(x) == 1 < min(self.settings.batch_size, len(self.splits.train))
 
     def progress(self) -> Progress:
-        epoch, settings = len(self.history), self.settings
-        return Progress(epoch, settings.epochs, self.step, self.steps, self.travel, settings.weight_decay)
+        settings = self.settings
+        return Progress(self.epoch, settings.epochs, self.step, self.steps, self.travel, settings.weight_decay)
 
     def set_learning_rate(self) -> float:
         rate = learning_rate(self.settings, self.step, self.steps)
@@ -185,6 +200,13 @@ def learning_rate(settings: FitSettings, step: int, steps: int) -> float:
     return settings.lr
 
 
+def travel(settings: FitSettings, steps: int) -> float | None:
+    """`Progress.travel` of a run of so many steps."""
+    if settings.optimizer != "sgd":
+        return None
+    return sum(learning_rate(settings, step, steps) for step in range(steps)) / (1 - settings.momentum)
+
+
 def resolved_precision(precision: Precision, device: torch.device, model: nn.Module) -> Precision:
     """What `auto` means for this network on this device; other values stand for themselves.
 
@@ -221,17 +243,17 @@ class _Tally:
         self.sums: dict[str, Tensor] = {}
         self.waiting: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, penalties: Mapping[str, Tensor]) -> None:
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
         self.images += len(labels)
         self.batches += 1
-        for name, term in {"loss": loss, **penalties}.items():
+        for name, term in {"loss": loss, **terms}.items():
             self.sums[name] = self.sums.get(name, 0) + term.detach().float()
         self.waiting.append((logits, labels))
         if len(self.waiting) == TALLY_BATCHES:
             self._compare()
 
     def figures(self) -> dict[str, float]:
-        """Means over the epoch: accuracy in [0, 1], the loss and every penalty per batch."""
+        """Means over the epoch: accuracy in [0, 1], the loss and every further term per batch."""
         self._compare()
         means = {name: float(total) / self.batches for name, total in self.sums.items()}
         return means | {"accuracy": float(self.right) / self.images}
@@ -245,7 +267,7 @@ class _Tally:
 
 def _check_alive(run: _Run, stage: str, classes: int) -> None:
     """Stop a run that cannot end well, saying which layer looks how."""
-    last, epoch = run.history[-1], len(run.history)
+    last, epoch = run.history[-1], run.epoch
     if not math.isfinite(last["loss"]) or not all(t.isfinite().all() for t in run.model.state_dict().values()):
         raise StageError(f"{stage}, epoch {epoch}: the loss is {last['loss']:.3g}; {_layer_statistics(run.model)}")
     # Far above chance once, at chance for two epochs now: nothing comes back from that.

@@ -4,12 +4,16 @@ import pytest
 import torch
 from toys import network
 
-from prune_cli import surgery
+from prune_cli import stages, surgery
+from prune_cli.build import build
+from prune_cli.compose import CONF
+from prune_cli.errors import UserError
 from prune_cli.hooks import Progress
 from prune_cli.layers.skeleton import SkeletonConv2d
 from prune_cli.method import KeepPruned
 from prune_cli.methods.fp import FilterPruning
 from prune_cli.methods.stripe import StripePruning
+from prune_cli.pipeline import run
 
 NOW = Progress(epoch=0, epochs=1, step=0, steps=10, travel=100.0, weight_decay=1e-4)
 
@@ -57,3 +61,14 @@ def test_what_only_selects_is_no_reason_to_train_again():
     assert {"start", "alpha", "strength", "threshold", "train"} <= trained
     assert not {"select", "finetune"} & trained
     assert not {"criterion", "scope", "ratios", "finetune"} & set(FilterPruning().training_settings())
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("method/*.yaml")), ids=lambda p: p.stem)
+def test_a_penalty_derived_from_the_schedule_is_refused_with_adam_before_training(path, compose, tmp_path, monkeypatch):
+    """`Progress.travel` is how far sgd moves a weight; adam divides by the gradient."""
+    config = compose(f"method={path.stem}", "recipe.sparsify.optimizer=adam", "debug=default")
+    monkeypatch.setattr(stages, "fit", lambda *args, **more: pytest.fail("trained"))
+    derived = "strength" in config["method"]
+    expected = "^recipe.sparsify.optimizer=adam: method.strength derives" if derived else "^trained"
+    with pytest.raises((UserError, pytest.fail.Exception), match=expected):
+        run(build(config), tmp_path / "run", command="test")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_cli.datasets.dataset import Splits
 from prune_cli.errors import StageError
-from prune_cli.hooks import TrainingHooks
+from prune_cli.hooks import Together, TrainingHooks
 from prune_cli.layers.skeleton import SkeletonConv2d
 from prune_cli.methods.stripe import StripePruning
 from prune_cli.metrics.accuracy import accuracy
@@ -118,8 +118,9 @@ def _same(a, b):
 class Spy(TrainingHooks):
     """Writes down what happens, and checks what every hook may rely on."""
 
-    def __init__(self, model, events):
+    def __init__(self, model, events, autocast):
         self.model, self.events, self.weight = model, events, next(model.parameters())
+        self.autocast = autocast
         self.steps = []
         model.register_forward_hook(lambda m, *_: events.append("forward" if m.training else "evaluated"))
 
@@ -127,6 +128,12 @@ class Spy(TrainingHooks):
         self.events.append("before_fit")
         assert (progress.epoch, progress.step) == (0, 0)
         assert progress.travel > 0 and progress.weight_decay == SETTINGS.weight_decay
+
+    def batch_loss(self, model, progress, x, logits):
+        self.events.append("batch_loss")
+        assert torch.is_autocast_enabled("cpu") == self.autocast and logits.requires_grad
+        assert x.shape == (8, 2, 8, 8) and logits.shape == (8, CLASSES)
+        return {"logits": 0.1 * logits.float().square().mean()}
 
     def penalty(self, model, progress):
         self.events.append("penalty")
@@ -152,14 +159,14 @@ class Spy(TrainingHooks):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_hooks_come_in_the_order_that_is_drawn(precision):
     model, memory = _model(), Memory()
-    spy = Spy(model, memory.events)
+    spy = Spy(model, memory.events, autocast=precision == "bfloat16")
     history = _fit(model, hooks=spy, checkpoint=memory, monitor=memory, precision=precision)
-    batch = ["forward", "penalty", "after_backward", "after_step"]
+    batch = ["forward", "batch_loss", "penalty", "after_backward", "after_step"]
     epoch = [*batch * 4, "after_epoch", "evaluated", "save", "epoch"]
     assert memory.events == ["before_fit", *epoch * 3]
     assert spy.steps == [(step // 4, step) for step in range(12)]
     assert [figures["constant"] for figures in history] == [1, 1, 1]
-    assert all({"loss", "ridge", "accuracy", "validation", "learning_rate"} <= set(figures) for figures in history)
+    assert all({"loss", "ridge", "logits", "accuracy", "validation", "learning_rate"} <= set(figures) for figures in history)
     assert [(number, values) for number, values, _ in memory.epochs] == list(enumerate(history, 1))
 
 
@@ -291,7 +298,7 @@ class Stops(Memory):
 
 
 def _striped():
-    return StripePruning(strength=3.0)
+    return StripePruning(alpha=0.02)
 
 
 CASES = {
@@ -331,6 +338,67 @@ def test_resuming_is_exact(case, stripes, tmp_path):
         assert _same(_state(whole), _state(resumed)), stop
         for a, b in zip(whole.parameters(), resumed.parameters()):
             assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_stops_at_an_epoch_goes_on_from_there(case, tmp_path):
+    """The first half is a run of its own; with it the second one ends where a run without a stop ends."""
+    kind, changes, precision = CASES[case]
+    settings = replace(SETTINGS, **changes)
+    whole, halves = _model(kind), _model(kind)
+    history = _fit(whole, settings, precision=precision)
+    assert _fit(halves, settings, precision=precision, checkpoint=Partial(tmp_path / "p"), stop=2) == history[:2]
+    assert not _same(_state(whole), _state(halves))
+    assert _fit(_model(kind), settings, precision=precision, stop=2) == history[:2]
+    continued = _model(kind)
+    assert _fit(continued, settings, precision=precision, checkpoint=Partial(tmp_path / "p")) == history
+    assert _same(_state(whole), _state(continued))
+
+
+def test_a_run_that_starts_later_takes_the_rest_of_the_schedule(tmp_path):
+    seen, memory = [], Memory()
+
+    class Watch(TrainingHooks):
+        def before_fit(self, model, progress):
+            seen.append((progress.epoch, progress.step))
+
+        def after_step(self, model, progress):
+            seen.append((progress.epoch, progress.step))
+
+    history = _fit(_model(), hooks=Watch(), start=1, monitor=memory)
+    assert seen == [(1, 4), *((step // 4, step) for step in range(4, 12))]
+    whole = _fit(_model())
+    assert [row["learning_rate"] for row in history] == [row["learning_rate"] for row in whole[1:]]
+    assert [epoch for epoch, *_ in memory.epochs] == [2, 3]
+    with pytest.raises(KeyboardInterrupt):
+        _fit(_model(), start=1, checkpoint=Partial(tmp_path / "p"), monitor=Stops(6))
+    model = _model()
+    assert _fit(model, start=1, checkpoint=Partial(tmp_path / "p")) == history
+    other = _model()
+    _fit(other, start=1)
+    assert _same(_state(model), _state(other))
+
+
+def test_two_hooks_work_as_one():
+    class Term(TrainingHooks):
+        def __init__(self, name):
+            self.name, self.calls = name, Counter()
+
+        def __getattribute__(self, name):
+            if name in vars(TrainingHooks) and not name.startswith("_"):
+                self.calls[name] += 1
+            return super().__getattribute__(name)
+
+        def penalty(self, model, progress):
+            return {f"{self.name} penalty": next(model.parameters()).sum()}
+
+        def batch_loss(self, model, progress, x, logits):
+            return {f"{self.name} batch": logits.mean()}
+
+    one, two = Term("one"), Term("two")
+    history = _fit(_model(), hooks=Together((one, two)))
+    assert one.calls == two.calls and set(one.calls) == {n for n in vars(TrainingHooks) if not n.startswith("_")}
+    assert {"one penalty", "two penalty", "one batch", "two batch"} <= set(history[0])
 
 
 def test_a_run_that_was_killed_when_all_was_trained_trains_nothing(tmp_path):
