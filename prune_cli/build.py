@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_cli.errors import UserError
+from prune_cli.published import Table, reference
 from prune_cli.settings import Natural, Ratio, Recipe, Runtime, typed
 from prune_cli.targets import resolve
 
@@ -36,6 +37,8 @@ class _Tree:
     runtime: Runtime
     ratio: Ratio
     seed: Natural
+    table: Table | None = None
+    row: str | None = None
 
 
 def build(config: Mapping[str, Any]) -> "Experiment":
@@ -44,6 +47,7 @@ def build(config: Mapping[str, Any]) -> "Experiment":
     Raises UserError with the dotted path of the setting that is wrong, its value and what is allowed.
     """
     tree = _Tree(**typed(_Tree, config))
+    place = reference(tree.table, tree.row)
     model, dataset, method = (_component(group, getattr(tree, group)) for group in ("model", "dataset", "method"))
 
     # Imported here: torch takes seconds, and everything above answers without it.
@@ -60,6 +64,7 @@ def build(config: Mapping[str, Any]) -> "Experiment":
         ratio=tree.ratio,
         seed=tree.seed,
         runtime=tree.runtime,
+        reference=place,
     )
 
 

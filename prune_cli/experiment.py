@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from prune_cli.datasets.dataset import Dataset
 from prune_cli.method import PruningMethod
 from prune_cli.models.spec import ModelSpec
+from prune_cli.published import Reference
 from prune_cli.settings import Recipe, Runtime
 
 
@@ -20,6 +21,7 @@ class Experiment:
     ratio: float
     seed: int
     runtime: Runtime
+    reference: Reference | None = None  # its place in a published table
 
     @property
     def name(self) -> str:

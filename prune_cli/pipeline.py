@@ -1,8 +1,10 @@
 """One run, from an experiment to its record."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,7 +14,7 @@ from prune_cli.environment import fingerprint, machine, versions, write_env
 from prune_cli.experiment import Experiment
 from prune_cli.journal import Journal
 from prune_cli.metrics.latency import measure
-from prune_cli.record import Latency, Record, StageResult
+from prune_cli.record import Latency, LayerChange, Record, StageResult
 from prune_cli.report.stages import render
 from prune_cli.stages import Made, Workshop
 from prune_cli.store import Store, canonical, full_disk_explained, key_of
@@ -80,12 +82,13 @@ def _latency(shop: Workshop, made: list[Made]) -> dict[str, tuple[Latency, ...]]
 
 def _record(shop: Workshop, made: list[Made], latency: dict[str, tuple[Latency, ...]], command: str) -> Record:
     experiment = shop.experiment
-    pruned = next(m.artifact.result for m in made if m.stage == "pruned")
+    dense, pruned = (next(m.artifact.result for m in made if m.stage == stage) for stage in ("dense", "pruned"))
+    settings = {key: value for key, value in asdict(experiment).items() if key != "reference"}
     return Record(
         name=experiment.name,
         status="complete",
         command=command,
-        config=canonical(asdict(experiment)),
+        config=canonical(settings),
         seed=experiment.seed,
         ratio=experiment.ratio,
         unit=pruned["unit"],
@@ -95,6 +98,21 @@ def _record(shop: Workshop, made: list[Made], latency: dict[str, tuple[Latency, 
         stages=tuple(_stage_result(m, latency.get(m.stage, ())) for m in made),
         machine=machine(str(shop.device)),
         versions=versions(),
+        layers=_layers(dense, pruned),
+        reference=experiment.reference,
+    )
+
+
+def _layers(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> tuple[LayerChange, ...]:
+    """The layers of the dense network, with what is left of each: nothing of one that was removed whole."""
+    after, gone = pruned.get("layers", {}), {"macs": 0, "parameters": 0, "stripes": 0}
+    return tuple(
+        LayerChange(
+            name=name,
+            **{what: (figure, after.get(name, gone)[what]) for what, figure in before.items()},
+            units=pruned["units"].get(name),
+        )
+        for name, before in (dense.get("layers", {}) if after else {}).items()  # older artifacts have none
     )
 
 
@@ -112,6 +130,7 @@ def _stage_result(made: Made, latency: tuple[Latency, ...]) -> StageResult:
         parameters=result["parameters"],
         nonzero=result.get("nonzero"),  # not in artifacts made before it was counted
         macs=result["macs"],
+        elementwise=result.get("elementwise"),
         file_bytes=result["file_bytes"],
         latency=latency,
         seconds=result["seconds"],

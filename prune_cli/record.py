@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from prune_cli.errors import UserError
+from prune_cli.published import Reference, reference, table_in
 
 SCHEMA = 1
 
@@ -39,6 +40,7 @@ class StageResult:
     parameters       numbers stored; macs: multiply-adds of one image; file_bytes: of the artifact
     seconds          spent when it was computed; cached: it came from the store this time
     nonzero          of the parameters; None in records that were written before it was counted
+    elementwise      elements that batch norms and ReLUs write and poolings read, for one image
     """
 
     stage: str
@@ -54,6 +56,7 @@ class StageResult:
     seconds: float = 0.0
     cached: bool = False
     nonzero: int | None = None
+    elementwise: Mapping[str, int] | None = None
 
     def at(self, batch: int) -> Latency | None:
         """The latency at this batch size, None where it was not measured."""
@@ -61,11 +64,28 @@ class StageResult:
 
 
 @dataclass(frozen=True)
+class LayerChange:
+    """A convolution or linear layer before and after the cut.
+
+    macs, parameters  (dense, pruned); stripes: filters x kernel positions of its shape, likewise
+    units             of what the method removes: `kept` of `total`, and for stripes and groups the
+                      fraction kept at each `positions` (K, K) of the kernel; None = not prunable
+    """
+
+    name: str
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+    stripes: tuple[int, int]
+    units: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Record:
     """One run. `config`, `machine` and `versions` hold plain JSON values.
 
     `requested` and `obtained` are fractions of what `unit` names. In a run that did not finish
-    `status` says failed or interrupted, `failure` why, and what is not known is None.
+    `status` says failed or interrupted, `failure` why, and what is not known is None. `layers`
+    compares the dense network with the cut one; `reference` is the run's place in a paper's table.
     """
 
     name: str
@@ -81,6 +101,8 @@ class Record:
     stages: tuple[StageResult, ...]
     machine: dict[str, Any]
     versions: dict[str, Any]
+    layers: tuple[LayerChange, ...] = ()
+    reference: Reference | None = None
     failure: str | None = None
     schema: int = SCHEMA
 
@@ -102,8 +124,13 @@ class Record:
             schema = values["schema"]
             if schema != SCHEMA:
                 raise UserError(f"{path}: a record of schema {schema}; this version reads {SCHEMA}")
-            stages = tuple(_stage(stage) for stage in values["stages"])
-            return cls(**{**values, "stages": stages, "notes": tuple(values["notes"])})
+            read = {
+                "stages": tuple(_stage(stage) for stage in values["stages"]),
+                "notes": tuple(values["notes"]),
+                "layers": tuple(_layer(layer) for layer in values.get("layers", ())),
+                "reference": Reference.read(values["reference"]) if values.get("reference") else None,
+            }
+            return cls(**{**values, **read})
         except OSError as problem:
             raise UserError(f"{path}: no record can be read there ({problem.strerror})") from problem
         except (ValueError, TypeError, KeyError) as problem:
@@ -129,6 +156,10 @@ def _stage(values: Mapping[str, Any]) -> StageResult:
     return StageResult(**{**values, "latency": tuple(Latency(**latency) for latency in values["latency"])})
 
 
+def _layer(values: Mapping[str, Any]) -> LayerChange:
+    return LayerChange(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
 def write_failure(
     run_dir: Path, sentence: str, *, config: Mapping[str, Any], command: str, status: str = "failed"
 ) -> None:
@@ -138,11 +169,12 @@ def write_failure(
     """
     run_dir = Path(run_dir)
     ratio = config.get("ratio")
+    settings = {key: value for key, value in config.items() if key not in ("table", "row")}
     Record(
         name=run_dir.absolute().parent.name,
         status=status,
         command=command,
-        config=dict(config),
+        config=settings,
         seed=config.get("seed"),
         ratio=ratio,
         unit=None,
@@ -152,5 +184,6 @@ def write_failure(
         stages=(),
         machine={},
         versions={},
+        reference=reference(table_in(config), config.get("row")),
         failure=sentence,
     ).write(run_dir / "record.json")

@@ -10,6 +10,7 @@ Every artifact holds model.safetensors (self-contained, see `checkpoint`) and it
 accuracy on the test set, read once, when the stage is made.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ from prune_cli.hooks import Progress, TrainingHooks
 from prune_cli.journal import Journal
 from prune_cli.masks import Masks, random_like
 from prune_cli.metrics.accuracy import accuracy
-from prune_cli.metrics.macs import count_macs, count_nonzero, count_parameters
+from prune_cli.metrics.macs import count_elementwise, count_nonzero, count_parameters, layer_macs
 from prune_cli.seeding import derive, seeded
 from prune_cli.settings import FitSettings, Precision
 from prune_cli.store import Artifact, Make, Partial, Store, key_of
@@ -215,6 +216,7 @@ def _cut_into(shop: Workshop, folder: Path, model: nn.Module, masks: Masks) -> d
     small.masks.save(folder / "held.safetensors")
     return {
         "unit": masks.unit, "requested": masks.requested, "obtained": masks.obtained, "notes": list(masks.notes),
+        "units": {layer: _units(keep) for layer, keep in masks.keep.items()},
         **_describe(shop, folder, small.model, small.model),
     }
 
@@ -224,14 +226,30 @@ def _describe(shop: Workshop, folder: Path, model: nn.Module, evaluated: nn.Modu
     path = folder / "model.safetensors"
     save_model(path, model, shop.experiment.model, shop.splits.classes)
     validation = shop.splits.validation
+    macs = layer_macs(model, model.input_shape)
     return {
         "accuracy": accuracy(evaluated, shop.splits.test),
         "validation": None if validation is None else accuracy(evaluated, validation),
         "parameters": count_parameters(model),
         "nonzero": count_nonzero(model),
-        "macs": count_macs(model, model.input_shape),
+        "macs": sum(macs.values()),
+        "elementwise": count_elementwise(model, model.input_shape),
+        "layers": {name: _layer(model.get_submodule(name), spent) for name, spent in macs.items()},
         "file_bytes": path.stat().st_size,
     }
+
+
+def _layer(layer: nn.Module, macs: int) -> dict[str, int]:
+    """What one layer costs; `stripes`: filters x kernel positions of its shape, what a skeleton has."""
+    shape = layer.weight.shape
+    stripes = shape[0] * math.prod(shape[2:]) if len(shape) == 4 else 0
+    return {"macs": macs, "parameters": count_parameters(layer), "stripes": stripes}
+
+
+def _units(keep: torch.Tensor) -> dict[str, Any]:
+    """How many units of a layer stay; `positions` (K, K): the fraction at each position of the kernel."""
+    found = {"kept": int(keep.sum()), "total": keep.numel()}
+    return found | ({"positions": keep.float().mean(0).tolist()} if keep.ndim == 3 else {})
 
 
 def _produced(shop: Workshop, stage: str, settings: Mapping[str, Any], make: Make, parent: str | None = None) -> Made:

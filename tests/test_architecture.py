@@ -32,6 +32,7 @@ LAYERS = [
     ["models"],
     ["masks", "layers", "datasets"],
     ["kernels"],
+    ["published"],
     ["environment", "settings", "seeding", "targets", "timing", "vision"],
     ["errors"],
 ]

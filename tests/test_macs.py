@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from prune_cli.errors import UserError
-from prune_cli.metrics.macs import count_macs, count_parameters
+from prune_cli.metrics.macs import count_elementwise, count_macs, count_parameters
 from prune_cli.models.lenet import LeNet5, LeNet300100
 from prune_cli.models.resnet import CifarResNet
 from prune_cli.models.vgg import VGG
@@ -130,3 +130,12 @@ def test_a_failing_forward_leaves_no_trace():
         count_macs(model, (5,))
     assert model.training
     assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize(("depth", "flops"), [(19, 797.30), (16, 627.36)])
+def test_the_flops_of_network_slimming_and_stripe_wise_pruning(depth, flops):
+    """2 MACs + 2 BN + ReLU + pooling: what their scripts print for VGG-19 and VGG-16, in millions."""
+    vgg = VGG(3, 32, 10, depth=depth).eval()
+    extra = count_elementwise(vgg, (3, 32, 32))
+    total = 2 * count_macs(vgg, (3, 32, 32)) + 2 * extra["batch_norm"] + extra["relu"] + extra["pool"]
+    assert total / 1e6 == pytest.approx(flops, abs=0.011)

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prune_cli.errors import UserError
-from prune_cli.record import Latency, Record, StageResult, write_failure
+from prune_cli.published import PaperNumbers, Reference
+from prune_cli.record import Latency, LayerChange, Record, StageResult, write_failure
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 counts = st.integers(0, 2**60)
@@ -34,7 +35,15 @@ stage_results = st.builds(
     latency=st.lists(latencies, max_size=2).map(tuple),
     seconds=numbers,
     cached=st.booleans(),
+    nonzero=st.none() | counts,
+    elementwise=st.none() | st.dictionaries(st.text(), counts),
 )
+pairs = st.tuples(counts, counts)
+layer_changes = st.builds(LayerChange, st.text(), pairs, pairs, pairs, st.none() | settings_trees)
+references = st.builds(
+    Reference, *(st.text() for _ in range(2)), counts, *(st.text() for _ in range(4)), st.just("macs"), st.booleans(),
+    st.none() | st.builds(PaperNumbers, dense=st.none() | numbers, accuracy=numbers),
+)  # fmt: skip
 records = st.builds(
     Record,
     name=st.text(),
@@ -50,6 +59,8 @@ records = st.builds(
     stages=st.lists(stage_results, max_size=3).map(tuple),
     machine=settings_trees,
     versions=settings_trees,
+    layers=st.lists(layer_changes, max_size=2).map(tuple),
+    reference=st.none() | references,
     failure=st.none() | st.text(),
     schema=st.just(1),
 )
@@ -77,7 +88,7 @@ def test_a_record_from_before_zeros_were_counted(tmp_path):
     path = tmp_path / "record.json"
     record(result("dense")).write(path)
     values = json.loads(path.read_text())
-    del values["stages"][0]["nonzero"]
+    del values["stages"][0]["nonzero"], values["layers"], values["reference"]
     path.write_text(json.dumps(values))
     assert Record.read(path) == record(result("dense"))
 

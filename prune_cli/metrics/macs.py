@@ -5,7 +5,7 @@ convention of PFEC (Li et al., ICLR 2017, Table 2), half of what FLOP counters p
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -25,29 +25,67 @@ class CountsMacs(Protocol):
 
 
 DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+ELEMENTWISE = {
+    "batch_norm": (nn.BatchNorm1d, nn.BatchNorm2d),
+    "relu": (nn.ReLU,),
+    "pool": (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+}
 
 
 def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-adds of `model` on one image of shape (C, H, W), as one forward pass runs it.
+    """Multiply-adds of `model` on one image of shape (C, H, W): the sum of `layer_macs`."""
+    return sum(layer_macs(model, input_shape).values())
+
+
+def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """Multiply-adds of every layer on one image of shape (C, H, W), as one forward pass runs it.
 
     A layer's own `macs(output)` (see CountsMacs) goes first, then the formula of its base class;
     a layer that is called twice counts twice. `model` is left as it was, training flags included.
     Raises UserError: a layer with a weight matrix or kernel for which neither is known.
     """
-    counted = 0
+    names = {layer: name for name, layer in model.named_modules()}
+    counted = {names[layer]: 0 for layer in _layers(model)}
 
     def count(layer: nn.Module, _, output: Tensor) -> None:
-        nonlocal counted
-        counted += layer.macs(output) if isinstance(layer, CountsMacs) else dense_macs(layer, output)
+        counted[names[layer]] += layer.macs(output) if isinstance(layer, CountsMacs) else dense_macs(layer, output)
 
-    hooks = [layer.register_forward_hook(count) for layer in dict.fromkeys(_layers(model))]
+    with _observed(dict.fromkeys(_layers(model)), count):
+        _run(model, input_shape)
+    return counted
+
+
+def count_elementwise(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """What some papers add to the multiply-adds, on one image: elements that batch norms and ReLUs
+    write, and elements that poolings read.
+
+    Returns them under `batch_norm`, `relu` and `pool`.
+    """
+    counted = {"batch_norm": 0, "relu": 0, "pool": 0}
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kind = next(kind for kind, types in ELEMENTWISE.items() if isinstance(layer, types))
+        counted[kind] += inputs[0].numel() if kind == "pool" else output.numel()
+
+    with _observed([m for m in model.modules() if isinstance(m, sum(ELEMENTWISE.values(), ()))], count):
+        _run(model, input_shape)
+    return counted
+
+
+def _run(model: nn.Module, input_shape: tuple[int, ...]) -> None:
+    with _evaluating(model), torch.no_grad():
+        model(_blank_image(model, input_shape))
+
+
+@contextmanager
+def _observed(layers: Iterable[nn.Module], observe: Callable) -> Iterator[None]:
+    """Call `observe(layer, inputs, output)` whenever one of the layers runs."""
+    hooks = [layer.register_forward_hook(observe) for layer in layers]
     try:
-        with _evaluating(model), torch.no_grad():
-            model(_blank_image(model, input_shape))
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return counted
 
 
 def count_parameters(model: nn.Module) -> int:
