@@ -14,7 +14,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from prune_cli.layers.scatter import ScatterChannels
+from prune_cli.layers.select import SelectChannels
 from prune_cli.layers.shortcut import ShortcutA
+
+
+MOVERS = (ShortcutA, ScatterChannels, SelectChannels)  # layers without parameters that move channels
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,23 @@ class ChannelGraph:
             return None
         return self._names[readers[0].module]
 
+    def ways(self, layer: str) -> dict[str, set[tuple[str, ...]]]:
+        """Per layer that reads what this one writes, the batch norms that lie between: for each way, in order."""
+        start = self._graph.module2node.get(self.model.get_submodule(layer))
+        found, seen, open_ = {}, set(), [(start, ())] if start else []
+        while open_:
+            node, norms = open_.pop()
+            for follower in node.outputs:
+                name = self._names.get(follower.module, "")
+                if _writes(follower.module):
+                    found.setdefault(name, set()).add(norms)
+                    continue
+                way = (follower, (*norms, name) if isinstance(follower.module, _NormBase) else norms)
+                if way not in seen:
+                    seen.add(way)
+                    open_.append(way)
+        return found
+
     def remove(self, group: ChannelGroup, channels: Sequence[int]) -> None:
         """Remove the channels from every layer that writes, normalises or reads them."""
         with torch.no_grad():
@@ -153,7 +174,7 @@ def _placeholders(model: nn.Module) -> Iterator[set[nn.Module]]:
     A tracer walks through slicing, padding and scattering as if channel i stayed channel i, and
     couples the wrong layers without a word; a convolution is where it stops.
     """
-    swapped = {name: m for name, m in model.named_modules() if isinstance(m, (ShortcutA, ScatterChannels))}
+    swapped = {name: m for name, m in model.named_modules() if isinstance(m, MOVERS)}
     stand_ins = set()
     like = next(model.parameters())
     for name, mover in swapped.items():

@@ -1,8 +1,8 @@
 """A network as one self-contained file: safetensors with the recipe for its modules in the header.
 
 The header says how to build the dense network (`ModelSpec`) and what surgery changed: attributes
-of layers, which layers hold stripes or gathered columns only, and behind which ones channels are
-scattered into a residual sum. All of it is plain data; loading builds the dense network, replays the surgery,
+of layers, which layers hold stripes or gathered columns only, behind which ones channels are scattered
+into a residual sum, and before which ones they are selected from a stream. All of it is plain data; loading builds the dense network, replays the surgery,
 and fills in the tensors. No pickle, no run folder.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prune_cli.errors import UserError
 from prune_cli.layers.gathered import GatheredConv2d
 from prune_cli.layers.scatter import ScatterChannels, scattered
+from prune_cli.layers.select import SelectChannels, selected
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.models.spec import ModelSpec
 
@@ -29,7 +30,7 @@ WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features"
 def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> None:
     """Write `model`, which `spec` built and surgery may have cut, to `path`."""
     channels, resolution = model.input_shape[0], model.input_shape[1]
-    widths, stripes, groups, scatters = {}, {}, {}, {}
+    widths, stripes, groups, scatters, selections = {}, {}, {}, {}, {}
     for name, module in model.named_modules():
         if isinstance(module, StripeConv2d):
             stripes[name] = {"in_channels": module.in_channels}
@@ -37,6 +38,8 @@ def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> N
             groups[name] = {"out_channels": module.out_channels}
         elif isinstance(module, ScatterChannels):
             scatters[name.rpartition(".")[0]] = module.out_channels
+        elif isinstance(module, SelectChannels):
+            selections[name.rpartition(".")[0]] = module.in_channels
         elif found := {a: getattr(module, a) for a in WIDTHS if isinstance(getattr(module, a, None), int)}:
             widths[name] = found
     header = {
@@ -47,6 +50,7 @@ def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> N
         "stripes": stripes,
         "groups": groups,
         "scatters": scatters,
+        "selections": selections,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     save_file(tensors, path, metadata={"prune_cli": json.dumps(header)})
@@ -88,10 +92,11 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 def _rebuilt(header: dict, tensors: dict[str, Tensor]) -> nn.Module:
     """The dense network, the surgery replayed, the tensors filled in."""
     model = ModelSpec(**header["model"]).build(**header["shape"])
-    scatters = header.get("scatters", {})  # not in files from before there were any
-    for name in sorted(scatters, key=len):  # the outer one first
-        channels = tensors[f"{name}.scatter.channels"]
-        model.set_submodule(name, scattered(model.get_submodule(name), channels, scatters[name]))
+    scatters, selections = (header.get(key, {}) for key in ("scatters", "selections"))  # not in the oldest files
+    for name in sorted([*scatters, *selections], key=len):  # the outer one first
+        wrap, kind, widths = (scattered, "scatter", scatters) if name in scatters else (selected, "select", selections)
+        channels = tensors[f"{name}.{kind}.channels"]
+        model.set_submodule(name, wrap(model.get_submodule(name), channels, widths[name]))
     for name, width in header["widths"].items():
         for attribute, value in width.items():
             setattr(model.get_submodule(name), attribute, value)

@@ -35,17 +35,17 @@ class FilterMethod(PruningMethod):
     ratios: Mapping[str, Ratio] | None = selection_field(default=None)
 
     @abstractmethod
-    def score(self, layer: nn.Module, norm: nn.Module | None) -> Tensor:
-        """(O,): how much each filter of the layer is worth; `norm` is the batch norm behind it.
+    def score(self, layer: nn.Module, scales: Tensor | None) -> Tensor:
+        """(O,): how much each filter of the layer is worth; `scales` (O,) are those of the batch norm
+        behind it, without sign.
 
         Raises UserError: the layer lacks what the score is made of.
         """
 
     def prune(self, model: nn.Module, ratio: float) -> Masks:
-        scores = {}
-        for name, group in prunable_filters(model).items():
-            norm = model.get_submodule(group.norms[0]) if group.norms else None
-            scores[name] = self.score(model.get_submodule(name), norm).detach()
+        scores, graph = {}, ChannelGraph(model)
+        for name, group in prunable_filters(graph).items():
+            scores[name] = self.score(model.get_submodule(name), _scales(graph, group)).detach()
         rounding = round if all(isinstance(model.get_submodule(name), nn.Linear) for name in scores) else int
         if self.ratios is not None:
             ratios = _per_layer(self.ratios, list(scores))
@@ -58,17 +58,27 @@ class FilterMethod(PruningMethod):
         return select_global({name: s / s.mean().clamp_min(tiny) for name, s in scores.items()}, ratio, self.unit)
 
 
-def prunable_filters(model: nn.Module) -> dict[str, ChannelGroup]:
+def prunable_filters(graph: ChannelGraph) -> dict[str, ChannelGroup]:
     """The layers with filters of their own, in the model's order, with their channel groups.
 
     Raises UserError: there are none.
     """
-    inner = {group.producers[0]: group for group in ChannelGraph(model).inner}
+    model, inner = graph.model, {group.producers[0]: group for group in graph.inner}
     layers = {name: inner[name] for name, _ in model.named_modules() if name in inner}
     if not layers:
         raise UserError("method: the model has no filters that could be removed without touching a residual sum")
     convolutions = {n: g for n, g in layers.items() if not isinstance(model.get_submodule(n), nn.Linear)}
     return convolutions or layers
+
+
+def _scales(graph: ChannelGraph, group: ChannelGroup) -> Tensor | None:
+    """(O,): |gamma| of each channel, where several batch norms read it (DenseNet) their mean; None
+    where no batch norm has a scale for it."""
+    places = graph.outputs(group, range(group.width))
+    norms = {name: graph.model.get_submodule(name).weight for name in group.norms}
+    # channels that are concatenated twice have two places in one norm, in no order that tells them apart
+    found = [w[places[name]].abs() for name, w in norms.items() if w is not None and len(places[name]) == group.width]
+    return torch.stack(found).mean(0) if found else None
 
 
 def _per_layer(ratios: Mapping[str, float], layers: list[str]) -> dict[str, float]:

@@ -9,7 +9,8 @@ A removed channel's batch norm constant is dropped, as the papers' code does: it
 are zero in the masked network, which makes the removal exact. A channel of a residual sum goes only
 when every layer that writes it is masked there. A filter of such a sum that dies alone goes too,
 with its entries of the norm that is its layer's own; the sum keeps its width, and a `ScatterChannels`
-puts the surviving channels back at their places.
+puts the surviving channels back at their places. A batch norm that is masked itself sits on a stream: its
+removed channels are left out by a `SelectChannels` before it, for the layers behind it alone (see `streams`).
 """
 
 import copy
@@ -18,13 +19,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli.channels import ChannelGraph, ChannelGroup
 from prune_cli.errors import StageError
 from prune_cli.layers.gathered import GatheredConv2d
 from prune_cli.layers.scatter import scattered
+from prune_cli.layers.select import narrow
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.masks import UNIT_AXES, Masks, dead_filters
+from prune_cli.streams import select
 
 # Layers of which only the surviving units exist, with nothing to hold at zero.
 PACKED = {"stripe": StripeConv2d, "group": GatheredConv2d}
@@ -61,6 +65,7 @@ def mask(model: nn.Module, masks: Masks) -> nn.Module:
     _zero_units(model, masks)
     graph = ChannelGraph(model)
     removed = _outputs_of(graph, _dead_channels(graph, masks))
+    _zero_channels(model, _unselected(model, masks))
     _zero_channels(model, removed)
     for gap in _gaps(graph, masks, removed):
         _zero_channels(model, gap.outputs)
@@ -79,19 +84,27 @@ def cut(model: nn.Module, masks: Masks) -> Cut:
     dead = _dead_channels(graph, masks)
     removed, unread = _outputs_of(graph, dead), _inputs_of(graph, dead)  # before any removal: in the old coordinates
     gaps = _gaps(graph, masks, removed)
+    unselected = _unselected(model, masks)
+    _zero_channels(model, unselected)
     _zero_channels(model, removed)
     for group, channels in dead:
         graph.remove(group, channels)
     for gap in gaps:
         _close(model, gap, removed.get(gap.layer, []))
-        removed |= {name: sorted({*removed.get(name, ()), *channels}) for name, channels in gap.outputs.items()}
+        removed = _united([removed, gap.outputs])
     remaining = _remap(masks, removed, unread)
+    renamed = {gap.last: f"{gap.last}.layer" for gap in gaps}
+    if unselected:
+        keep = {name: remaining.keep.pop(name) for name in unselected if name in remaining.keep}
+        keep = {name: kept for name, kept in keep.items() if kept.any()}  # else it stays, and emits zeros
+        renamed |= select(model, keep)
+        removed = _united([removed, {name: unselected[name] for name in keep}])
     if packed := PACKED.get(masks.unit):
         for layer, pattern in remaining.keep.items():
             if not pattern.all():
                 model.set_submodule(layer, packed.from_conv(model.get_submodule(layer), pattern.cpu()))
         remaining = Masks(masks.unit, {}, masks.requested)
-    return Cut(model, remaining, removed, {gap.last: f"{gap.last}.layer" for gap in gaps})
+    return Cut(model, remaining, removed, renamed)
 
 
 @torch.no_grad()
@@ -183,14 +196,15 @@ def _close(model: nn.Module, gap: _Gap, removed: list[int]) -> None:
     width = [c for c in range(model.get_submodule(gap.layer).weight.shape[0] + len(removed)) if c not in removed]
     kept = torch.tensor([place for place, c in enumerate(width) if c not in gap.channels])
     for name in gap.outputs:
-        module = model.get_submodule(name)
-        for attribute in ("weight", "bias", "running_mean", "running_var"):
-            if (tensor := getattr(module, attribute, None)) is not None:
-                rest = tensor[kept.to(tensor.device)]
-                setattr(module, attribute, nn.Parameter(rest) if isinstance(tensor, nn.Parameter) else rest)
-        setattr(module, "out_channels" if name == gap.layer else "num_features", len(kept))
+        narrow(model.get_submodule(name), kept)
     last = model.get_submodule(gap.last)
     model.set_submodule(gap.last, scattered(last, kept.to(next(model.parameters()).device), len(width)))
+
+
+def _unselected(model: nn.Module, masks: Masks) -> dict[str, list[int]]:
+    """Per masked batch norm the channels that the layers behind it no longer read."""
+    norms = [name for name in masks.keep if isinstance(model.get_submodule(name), _NormBase)]
+    return {name: (~masks.keep[name]).nonzero().flatten().tolist() for name in norms}
 
 
 def _outputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]]) -> dict[str, list[int]]:

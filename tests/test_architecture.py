@@ -27,7 +27,7 @@ LAYERS = [
     ["method"],
     ["surgery"],
     ["store", "journal", "report", "checkpoint", "metrics"],
-    ["inference"],
+    ["inference", "streams"],
     ["record", "pictures", "selection", "criteria", "channels", "hooks"],
     ["models"],
     ["masks", "layers", "datasets"],

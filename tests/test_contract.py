@@ -33,7 +33,7 @@ def method(request):
     return request.param
 
 
-@pytest.fixture(params=["TinyVGG", "TinyResNet"])
+@pytest.fixture(params=["TinyVGG", "TinyResNet", "TinyStream"])
 def experiment(method, request, compose):
     return _experiment(compose, method, request.param)
 

@@ -10,9 +10,12 @@ from torch.nn import functional as F
 from prune_cli.errors import UserError
 from prune_cli.layers.shortcut import ShortcutA
 from prune_cli.metrics.macs import count_macs, count_parameters
+from prune_cli.models.densenet import DenseNet
 from prune_cli.models.lenet import LeNet5, LeNet300100
+from prune_cli.models.preresnet import PreResNet
 from prune_cli.models.resnet import CifarResNet
 from prune_cli.models.vgg import VGG
+from prune_cli.models.wide_resnet import WideResNet
 from prune_cli.settings import typed
 from prune_cli.targets import resolve
 
@@ -28,6 +31,17 @@ GOLDEN = {
     "PFEC ResNet-56": (CifarResNet, {"depth": 56, "shortcut": "A"}, 10, 853_018, "125.49"),
     "PFEC ResNet-110": (CifarResNet, {"depth": 110, "shortcut": "A"}, 10, 1_727_962, "252.89"),
     "neuron merging ResNet-56": (CifarResNet, {"depth": 56, "shortcut": "B"}, 10, 855_770, "125.75"),
+    "neuron merging WRN-40-4": (WideResNet, {"depth": 40, "width": 4}, 10, 8_949_210, "1298.58"),
+    # The authors' networks hold an index per channel of every batch norm that a selection follows: in
+    # PreResNet-164 those of the stream (8,080 of 1,711,338), in DenseNet-40 all of them (9,360 of 1,068,658).
+    "slimming PreResNet-164": (PreResNet, {"depth": 164}, 10, 1_711_338 - 8_080, "247.65"),
+    "slimming DenseNet-40": (DenseNet, {"depth": 40}, 10, 1_068_658 - 9_360, "282.92"),
+    # its README prints 0.78M
+    "model_compression densenet_small": (
+        DenseNet, {"depth": 100, "bottleneck": True, "norm": "after"}, 100, 782_368, "287.96",
+    ),
+    # the paper prints 0.8M
+    "DenseNet-BC": (DenseNet, {"depth": 100, "bottleneck": True}, 10, 769_162, "287.93"),
 }
 
 
@@ -94,6 +108,10 @@ GRADIENTS = {
     "VGG-11 double": (VGG, {"depth": 11, "classifier": "double"}),
     "ResNet-20 A": (CifarResNet, {"depth": 20, "shortcut": "A"}),
     "ResNet-20 B": (CifarResNet, {"depth": 20, "shortcut": "B"}),
+    "PreResNet-20": (PreResNet, {"depth": 20}),
+    "WRN-10-2": (WideResNet, {"depth": 10, "width": 2}),
+    "DenseNet-10": (DenseNet, {"depth": 10}),
+    "DenseNet-BC after": (DenseNet, {"depth": 10, "bottleneck": True, "norm": "after"}),
 }
 
 
@@ -134,6 +152,12 @@ def test_shortcut_a_by_hand():
         lambda: CifarResNet(3, 32, 10, depth=18),
         lambda: CifarResNet(3, 32, 10, depth=20, shortcut="C"),
         lambda: LeNet5(1, 3, 10),
+        lambda: PreResNet(3, 32, 10, depth=18),
+        lambda: WideResNet(3, 32, 10, depth=12, width=4),
+        lambda: DenseNet(3, 32, 10, depth=40, norm="behind"),
+        lambda: DenseNet(3, 32, 10, depth=41),
+        lambda: DenseNet(3, 32, 10, depth=37, bottleneck=True),
+        lambda: DenseNet(3, 3, 10, depth=40),
         lambda: ShortcutA(4, 2),
     ],
 )

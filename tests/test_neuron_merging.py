@@ -3,12 +3,14 @@
 import pytest
 import torch
 from tiny import TinyResNet, TinyVGG, randomise
+from toys import network
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli import surgery
 from prune_cli.channels import ChannelGraph
 from prune_cli.filters import prunable_filters
+from prune_cli.masks import Masks
 from prune_cli.methods.fp import FilterPruning
 from prune_cli.methods.neuron_merging import NeuronMerging
 
@@ -27,7 +29,7 @@ def _images() -> torch.Tensor:
 @torch.no_grad()
 def _make_redundant(model: nn.Module) -> None:
     """Every second prunable filter becomes 0.3 times its neighbour, also behind its batch norm."""
-    for name, group in prunable_filters(model).items():
+    for name, group in prunable_filters(ChannelGraph(model)).items():
         layer = model.get_submodule(name)
         for tensor in filter(lambda t: t is not None, (layer.weight, layer.bias)):
             tensor[1::2] = 0.3 * tensor[0::2]
@@ -53,6 +55,45 @@ def test_a_network_of_multiples_is_merged_without_loss(kind):
     expected = model(x)
     torch.testing.assert_close(merged.eval()(x), expected, rtol=1e-4, atol=1e-4)
     assert (pruned.eval()(x) - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+STREAMS = {
+    "PreResNet": ("prune_cli.models.preresnet.PreResNet", {"depth": 11}),
+    "WRN": ("prune_cli.models.wide_resnet.WideResNet", {"depth": 10, "width": 2}),
+    "DenseNet": ("prune_cli.models.densenet.DenseNet", {"depth": 10}),
+    "DenseNet-BC, norm after": (
+        "prune_cli.models.densenet.DenseNet", {"depth": 10, "bottleneck": True, "norm": "after"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "arguments"), STREAMS.values(), ids=STREAMS)
+@torch.no_grad()
+def test_duplicates_merge_exactly_whatever_lies_before_the_reader(target, arguments):
+    """Every second filter is half of its neighbour and sounds the same behind every batch norm: the one
+    inside a block (conv1 - bn2 - relu - conv2), those behind a concatenation, none at all before a shortcut."""
+    model = network(target, **arguments)
+    graph = ChannelGraph(model)
+    groups = prunable_filters(graph)
+    for name, group in groups.items():
+        layer, places = model.get_submodule(name), graph.outputs(group, range(group.width))
+        pairs = group.width // 2
+        layer.weight[1::2] = 0.5 * layer.weight[0::2][:pairs]
+        for norm in group.norms:
+            module, even, odd = model.get_submodule(norm), places[norm][0::2][:pairs], places[norm][1::2]
+            module.weight[odd], module.bias[odd] = module.weight[even], module.bias[even]
+            module.running_mean[odd] = 0.5 * module.running_mean[even]
+            module.running_var[odd] = 0.25 * (module.running_var[even] + module.eps) - module.eps
+    if "wide" in target:
+        assert set(groups) == {"conv1", *(f"layer{n}.0.conv1" for n in (1, 2, 3))}
+    masks = Masks("filter", {name: torch.arange(group.width) % 2 == 0 for name, group in groups.items()}, 0.5)
+    x = 10 * torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = model(x)
+    close = {"rtol": 1e-4, "atol": 1e-4 * float(expected.abs().max())}
+    merged = surgery.cut(NeuronMerging(bn_scale="exact", threshold=0.5).compensate(model, masks), masks).model
+    torch.testing.assert_close(merged(x), expected, **close)
+    pruned = surgery.cut(model, masks).model
+    assert (pruned(x) - expected).abs().max() > 0.01 * expected.abs().max()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Two small networks with everything that makes removal hard, as a user's own module would be."""
+"""Small networks with everything that makes removal hard, as a user's own module would be."""
 
 import torch
 from torch import nn
@@ -49,6 +49,28 @@ class _Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class TinyStream(nn.Module):
+    """Batch norms before convolutions: one that reads a residual sum, one that reads a concatenation."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(8, 6, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(8)
+        self.conv3 = nn.Conv2d(8, 5, 3, padding=1)
+        self.bn4 = nn.BatchNorm2d(13)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(13 * 4, classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.conv2(torch.relu(self.bn2(self.conv1(torch.relu(self.bn1(x))))))
+        x = torch.cat([x, self.conv3(torch.relu(self.bn3(x)))], 1)
+        return self.head(torch.relu(self.bn4(x)))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -16,5 +16,5 @@ class FilterPruning(FilterMethod):
     finetune: bool = selection_field(default=True)
     criterion: Criterion = selection_field(default="l1")
 
-    def score(self, layer: nn.Module, norm: nn.Module | None) -> Tensor:
+    def score(self, layer: nn.Module, scales: Tensor | None) -> Tensor:
         return filter_score(layer.weight, self.criterion)

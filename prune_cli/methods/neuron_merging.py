@@ -39,7 +39,7 @@ class NeuronMerging(FilterMethod):
     bn_scale: Literal["authors", "exact"] = selection_field(default="authors")
     merge: bool = selection_field(default=True)
 
-    def score(self, layer: nn.Module, norm: nn.Module | None) -> Tensor:
+    def score(self, layer: nn.Module, scales: Tensor | None) -> Tensor:
         return filter_score(_with_bias(layer), self.criterion)
 
     def compensate(self, model: nn.Module, masks: Masks) -> nn.Module:
@@ -47,25 +47,29 @@ class NeuronMerging(FilterMethod):
             return model
         merged = copy.deepcopy(model)
         graph = ChannelGraph(merged)
-        groups = {name: group for name, group in prunable_filters(model).items() if name in masks.keep}
         # All similarities are those of the original network: merging changes the next layer's weights.
-        merges = {name: self._merges(model, name, group, masks.keep[name]) for name, group in groups.items()}
-        for name, (removed, kept, scale) in merges.items():
-            for reader, channels in _readers(graph, groups[name], name).items():
+        for name, group in prunable_filters(graph).items():
+            if name not in masks.keep:
+                continue
+            places = graph.outputs(group, range(group.width))
+            for reader, channels in _readers(graph, group, name).items():
+                if (norms := _norms_between(graph, name, reader)) is None:
+                    continue
+                norm = _Norm(model.get_submodule(norms[0]), places[norms[0]]) if norms else None
+                removed, kept, scale = self._merges(model.get_submodule(name), norm, masks.keep[name])
                 _fold(merged.get_submodule(reader).weight, channels, removed, kept, scale)
         return merged
 
-    def _merges(self, model: nn.Module, name: str, group: ChannelGroup, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _merges(self, layer: nn.Module, norm: "_Norm | None", keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Filters i, the kept filters j that they merge into, and the scales S: three (M,)."""
-        layer = model.get_submodule(name)
         removed, kept = (~keep).nonzero().flatten(), keep.nonzero().flatten()
         weights = _with_bias(layer).double()
         cosine = F.normalize(weights[removed], dim=1) @ F.normalize(weights[kept], dim=1).T
         norms = weights.norm(dim=1)
         scale = norms[removed].unsqueeze(1) / norms[kept].clamp_min(1e-30)
         best = cosine
-        if group.norms:
-            scale, constant = self._behind_norm(model.get_submodule(group.norms[0]), removed, kept, scale)
+        if norm is not None:
+            scale, constant = self._behind_norm(norm, removed, kept, scale)
             distance = constant.abs() / scale.abs().clamp_min(1e-30)
             low, high = distance.aminmax(dim=1, keepdim=True)
             best = -(self.lam * (1 - cosine) + (1 - self.lam) * (distance - low) / (high - low).clamp_min(1e-30))
@@ -75,17 +79,40 @@ class NeuronMerging(FilterMethod):
         merged = (cosine >= self.threshold) & (scale >= 0)
         return removed[merged], kept[nearest.flatten()[merged]], scale[merged].float()
 
-    def _behind_norm(self, norm: nn.Module, removed: Tensor, kept: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    def _behind_norm(self, norm: "_Norm", removed: Tensor, kept: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """S and B with bn_i(s x) = S bn_j(x) + B, for all pairs (removed, kept)."""
-        gamma, beta, mean = (t.detach().double() for t in (norm.weight, norm.bias, norm.running_mean))
-        variance = norm.running_var.double()
-        sigma = (variance + norm.eps).sqrt() if self.bn_scale == "exact" else variance
+        gamma, beta, mean, variance = norm.tensors
+        sigma = (variance + norm.module.eps).sqrt() if self.bn_scale == "exact" else variance
         gamma_i, sigma_i, beta_i, mean_i = (t[removed].unsqueeze(1) for t in (gamma, sigma, beta, mean))
         gamma_j, sigma_j, beta_j, mean_j = (t[kept].unsqueeze(0) for t in (gamma, sigma, beta, mean))
         ratio = (gamma_i / gamma_j) * (sigma_j / sigma_i)
         scale = s * (ratio if self.bn_scale == "exact" else 1 / ratio)
         constant = gamma_i / sigma_i * (s * (mean_j - beta_j * sigma_j / gamma_j) - mean_i) + beta_i
         return scale, constant
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A batch norm, and the places of a layer's filters among its channels: in a DenseNet it has others too."""
+
+    module: nn.Module
+    places: list[int]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """(O,): scale, shift, mean and variance of each filter."""
+        module, mean = self.module, self.module.running_mean
+        gamma = torch.ones_like(mean) if module.weight is None else module.weight.detach()
+        beta = torch.zeros_like(mean) if module.bias is None else module.bias.detach()
+        return tuple(t.double()[self.places] for t in (gamma, beta, mean, module.running_var))
+
+
+def _norms_between(graph: ChannelGraph, layer: str, reader: str) -> tuple[str, ...] | None:
+    """The batch norm on the way from the layer to one that reads it, none or one; None where there are
+    several, or several ways, so that no filter is a multiple of another behind them."""
+    ways = graph.ways(layer).get(reader, set())
+    [norms] = ways if len(ways) == 1 else [None]
+    return norms if norms is not None and len(norms) < 2 else None
 
 
 def _with_bias(layer: nn.Module) -> Tensor:

@@ -18,7 +18,7 @@ class RandomFilters(FilterMethod):
     finetune: bool = selection_field(default=True)
     seed: Natural = selection_field(default=0)
 
-    def score(self, layer: nn.Module, norm: nn.Module | None) -> Tensor:
+    def score(self, layer: nn.Module, scales: Tensor | None) -> Tensor:
         # Neither 0 (dead, always removed) nor the same for two layers of one shape.
         shape = "x".join(map(str, layer.weight.shape))
         generator = torch.Generator().manual_seed(derive(self.seed, "random filters", shape))

@@ -17,7 +17,7 @@ class SlimMagnitude(FilterMethod):
 
     finetune: bool = selection_field(default=True)
 
-    def score(self, layer: nn.Module, norm: nn.Module | None) -> Tensor:
-        if norm is None:
+    def score(self, layer: nn.Module, scales: Tensor | None) -> Tensor:
+        if scales is None:
             raise UserError("method=slim_magnitude: the model has prunable layers without batch norm")
-        return norm.weight.abs() * filter_norm(layer.weight, order=2)
+        return scales * filter_norm(layer.weight, order=2)

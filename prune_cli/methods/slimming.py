@@ -14,6 +14,7 @@ from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
 from prune_cli.selection import select_global, separation_note
 from prune_cli.settings import NonNegative, Positive
+from prune_cli.streams import stream_norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,9 @@ class NetworkSlimming(PruningMethod):
     """The scale of a channel's batch norm says what the channel is worth: an L1 penalty on all of
     them (section 3), then one threshold for the whole network.
 
-    The penalty is on every scale, also where a residual sum keeps a channel from being removed. The
-    paper fine-tunes with the whole schedule again: set recipe.finetune as recipe.pretrain.
+    The penalty is on every scale, also where a residual sum keeps a channel from being removed. Of a batch
+    norm that reads a stream (pre-activation ResNets, DenseNets) the channels are selected for the layers
+    behind it. The paper fine-tunes with the whole schedule again: set recipe.finetune as recipe.pretrain.
 
     lam       weight of the penalty lam * sum |gamma|; None derives it from the schedule
     strength  used when lam is None: how many times over the schedule would drive an unused scale
@@ -59,9 +61,10 @@ class NetworkSlimming(PruningMethod):
         return {name: norm.weight.detach().abs() for name, norm in _scaled_norms(model).items()}
 
     def _own_scales(self, model: nn.Module) -> dict[str, Tensor]:
-        """(O,) |gamma| of the batch norm behind every prunable layer, by the layer's name.
+        """(O,) |gamma| of the batch norm behind every prunable layer, by the layer's name, and of those on a
+        stream by their own.
 
-        Raises UserError: no layer has one.
+        Raises UserError: there is neither.
         """
         graph, norms = ChannelGraph(model), _scaled_norms(model)
         inner = {producer for group in graph.inner for producer in group.producers}
@@ -71,6 +74,7 @@ class NetworkSlimming(PruningMethod):
             # Not a norm behind a concatenation or a sum: its channels are other layers' too.
             if prunable and (norm := graph.own_norm(name)) in norms:
                 scales[name] = norms[norm].weight.detach().abs()
+        scales |= {name: norms[name].weight.detach().abs() for name in stream_norms(model)}
         if not scales:
             raise UserError("method=slimming: no prunable layer of the model has a batch norm with a scale of its own")
         return scales
