@@ -3,6 +3,7 @@
     prune-cli method=stripe ratio=0.5        one job
     prune-cli -m ratio=0.3,0.5 seed=0,1      one job for each combination
     prune-cli bench kernel                   what the stripe-wise kernels are worth on this machine
+    prune-cli report outputs/runs            finished runs as one table, beside the paper's numbers
 
 Exit codes: 0 done, 1 a run failed, 2 the command cannot be right, 130 interrupted.
 """
@@ -11,6 +12,7 @@ import argparse
 import os
 import signal
 import sys
+from importlib import import_module
 from string import Template
 
 from hydra import version
@@ -25,16 +27,17 @@ from prune_cli.errors import UserError
 from prune_cli.job import INTERRUPTED, hydra_job, say
 from prune_cli.sweep import sweep
 
+COMMANDS = ("bench", "report")  # modules in commands/, by the first word of the command line
+
 
 def main() -> int:
     """Run the command line in `sys.argv` and return the exit code, or raise SystemExit with it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
-        if sys.argv[1:2] == ["bench"]:  # Hydra would take it for a broken override
-            from prune_cli.commands import bench
-
-            return bench.main(sys.argv[2:])
+        if sys.argv[1:2] and sys.argv[1] in COMMANDS:  # Hydra would take it for a broken override
+            command = import_module(f"prune_cli.commands.{sys.argv[1]}")
+            return command.main(sys.argv[2:])
         parser = get_args_parser()
         parser.error = _refuse
         arguments = parser.parse_intermixed_args()

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from prune_cli.errors import UserError
+from prune_cli.published import Table, table_in
 from prune_cli.settings import close_names, nearest
 
 _PACKAGE = Path(__file__).parent
@@ -88,6 +89,12 @@ class Composer:
         owners = [f"{group}={line}" for group, options in self.groups.items() if line in options]
         example = owners[0] if owners else "method=stripe"
         return f"{line or chr(39) * 2}: an override is written name=value, for example {example}"
+
+
+def shipped_tables() -> list[Table]:
+    """The published tables that files in conf/experiment reproduce, by name."""
+    contents = [OmegaConf.to_container(OmegaConf.load(file)) for file in sorted(CONF.glob("experiment/**/*.yaml"))]
+    return [table for content in contents if (table := table_in(content)) is not None]
 
 
 def first_line(problem: BaseException) -> str:
