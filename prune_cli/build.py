@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prune_cli.errors import UserError
 from prune_cli.published import Table, reference
-from prune_cli.settings import Natural, Ratio, Recipe, Runtime, typed
+from prune_cli.settings import Natural, Ratio, Recipe, Runtime, checked, typed
 from prune_cli.targets import resolve
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def build(config: Mapping[str, Any]) -> "Experiment":
     """
     tree = _Tree(**typed(_Tree, config))
     place = reference(tree.table, tree.row)
+    checkpoint = checked(tree.model.pop("checkpoint", None), str | None, "model.checkpoint")
     model, dataset, method = (_component(group, getattr(tree, group)) for group in ("model", "dataset", "method"))
 
     # Imported here: torch takes seconds, and everything above answers without it.
@@ -65,6 +66,7 @@ def build(config: Mapping[str, Any]) -> "Experiment":
         seed=tree.seed,
         runtime=tree.runtime,
         reference=place,
+        checkpoint=checkpoint,
     )
 
 

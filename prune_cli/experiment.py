@@ -11,7 +11,10 @@ from prune_cli.settings import Recipe, Runtime
 
 @dataclass(frozen=True)
 class Experiment:
-    """model x dataset x method x recipe at one ratio and seed."""
+    """model x dataset x method x recipe at one ratio and seed.
+
+    checkpoint  file with the weights of the dense network, which is not trained then; None trains it
+    """
 
     model: ModelSpec
     dataset: Dataset
@@ -22,6 +25,7 @@ class Experiment:
     seed: int
     runtime: Runtime
     reference: Reference | None = None  # its place in a published table
+    checkpoint: str | None = None
 
     @property
     def name(self) -> str:

@@ -26,6 +26,7 @@ from prune_cli.checkpoint import load_model, save_model
 from prune_cli.datasets.dataset import Splits
 from prune_cli.errors import UserError
 from prune_cli.experiment import Experiment
+from prune_cli.foreign import content_hash, fill, read_weights
 from prune_cli.hooks import Progress, TrainingHooks
 from prune_cli.journal import Journal
 from prune_cli.masks import Masks, random_like
@@ -132,9 +133,22 @@ class Workshop:
 
 
 def train_dense(shop: Workshop) -> Made:
-    """The untrained network, trained without any hook."""
+    """The untrained network, trained without any hook; or, not trained, with weights from a checkpoint."""
+    if shop.experiment.checkpoint is not None:
+        return _dense_from(shop, shop.experiment.checkpoint)
     settings = shop.experiment.recipe.pretrain
     return _fit_stage(shop, "dense", shop.untrained, settings, TrainingHooks(), {})
+
+
+def _dense_from(shop: Workshop, checkpoint: str) -> Made:
+    weights = read_weights(checkpoint)
+
+    def make(folder: Path, _: Partial) -> Mapping[str, Any]:
+        model = shop.untrained()
+        fill(model, weights, checkpoint)
+        return _describe(shop, folder, model, model)
+
+    return _produced(shop, "dense", {**shop.common, "checkpoint": content_hash(weights)}, make)
 
 
 def sparsify(shop: Workshop, dense: Made) -> Made:

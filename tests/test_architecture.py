@@ -30,7 +30,7 @@ LAYERS = [
     ["inference", "streams"],
     ["record", "pictures", "selection", "criteria", "channels", "hooks"],
     ["models"],
-    ["masks", "layers", "datasets"],
+    ["masks", "layers", "datasets", "foreign"],
     ["kernels"],
     ["published"],
     ["environment", "settings", "seeding", "targets", "timing", "vision"],
