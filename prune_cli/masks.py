@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,14 @@ UNIT_AXES = {"filter": (0,), "stripe": (0, 2, 3), "group": (1, 2, 3), "weight": 
 
 
 @dataclass(frozen=True)
+class Coupled:
+    """Layers whose masks are one and the same, chosen in blocks of neighbouring units."""
+
+    layers: tuple[str, ...]
+    block: int = 1
+
+
+@dataclass(frozen=True)
 class Masks:
     """The outcome of a selection.
 
@@ -23,12 +31,14 @@ class Masks:
                (O,) for filters, (O, K, K) for stripes
     requested  fraction of the units that was to be removed
     notes      sentences a user should read: where a floor acted, why a ranking is not to be trusted
+    coupled    which layers were decided together
     """
 
     unit: str
     keep: Mapping[str, Tensor]
     requested: float
     notes: tuple[str, ...] = ()
+    coupled: tuple[Coupled, ...] = ()
 
     @property
     def total(self) -> int:
@@ -61,7 +71,10 @@ class Masks:
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file."""
-        header = {"unit": self.unit, "requested": self.requested, "notes": self.notes}
+        header = {
+            "unit": self.unit, "requested": self.requested, "notes": self.notes,
+            "coupled": [asdict(together) for together in self.coupled],
+        }  # fmt: skip
         tensors = {layer: keep.cpu().contiguous() for layer, keep in self.keep.items()}
         save_file(tensors, path, metadata={"masks": json.dumps(header)})
 
@@ -71,7 +84,8 @@ class Masks:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["masks"])
             keep = {layer: file.get_tensor(layer) for layer in file.keys()}
-        return cls(header["unit"], keep, header["requested"], tuple(header["notes"]))
+        coupled = tuple(Coupled(tuple(c["layers"]), c["block"]) for c in header.get("coupled", ()))
+        return cls(header["unit"], keep, header["requested"], tuple(header["notes"]), coupled)
 
 
 def dead_filters(masks: Masks, layer: str, module: nn.Module) -> Tensor:
@@ -83,10 +97,15 @@ def dead_filters(masks: Masks, layer: str, module: nn.Module) -> Tensor:
 
 
 def random_like(masks: Masks, seed: int) -> Masks:
-    """The control: as many units removed from every layer as in `masks`, chosen at random."""
+    """The control: as many units removed from every layer as in `masks`, chosen at random, where layers
+    are coupled for all of them at once."""
     generator = torch.Generator().manual_seed(seed)
-    keep = {}
+    together = {layer: coupled for coupled in masks.coupled for layer in coupled.layers}
+    keep: dict[str, Tensor] = {}
     for layer, mask in masks.keep.items():
-        order = torch.randperm(mask.numel(), generator=generator)
-        keep[layer] = mask.flatten().cpu()[order].reshape(mask.shape)
-    return Masks(masks.unit, keep, masks.requested)
+        coupled = together.get(layer, Coupled((layer,)))
+        blocks = mask.flatten().cpu().view(-1, coupled.block)
+        if layer not in keep:
+            chosen = blocks[torch.randperm(len(blocks), generator=generator)].reshape(mask.shape)
+            keep |= dict.fromkeys(coupled.layers, chosen)
+    return Masks(masks.unit, keep, masks.requested, coupled=masks.coupled)

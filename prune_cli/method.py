@@ -11,6 +11,7 @@ function of `Progress`; so an interrupted run resumes without a line of method c
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from prune_cli.hooks import Progress, TrainingHooks
 from prune_cli.masks import Masks
+from prune_cli.prunable import Prunable, Skip, sorted_out
 from prune_cli.targets import source_hash
 
 
@@ -34,6 +36,7 @@ class PruningMethod(TrainingHooks, ABC):
     start     what sparsify trains: `init` the untrained network, `dense` the trained one,
               None = nothing, the dense network itself is pruned
     finetune  whether the cut network is trained again
+    exclude   layers that stay whole, shell patterns of their names
 
     and what `prune` promises, which every method says of itself:
     unit      what is removed together, a key of `masks.UNIT_AXES`
@@ -44,12 +47,26 @@ class PruningMethod(TrainingHooks, ABC):
     scope: str
     start: Literal["init", "dense", None] = None
     finetune: bool = selection_field(default=False)
+    exclude: tuple[str, ...] | None = None
+
+    @abstractmethod
+    def candidates(self, model: nn.Module) -> Mapping[str, Any | Skip]:
+        """Per convolution and linear layer, in the model's order: what the method needs to score its
+        units, or why it cannot prune this one."""
+
+    def prunable(self, model: nn.Module) -> Prunable:
+        """What the method prunes in this network, and why the rest stays whole.
+
+        Raises UserError: nothing can be pruned, or `exclude` names no layer.
+        """
+        return sorted_out(self.candidates(model), self.exclude)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """A copy of the network with the layers installed that sparsify trains.
 
         Raises UserError when the network has nothing this method could remove.
         """
+        self.prunable(model)
         return copy.deepcopy(model)
 
     @abstractmethod

@@ -1,20 +1,22 @@
 """What the methods share that prune while they train: zero filters that a later epoch may bring back."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from math import ceil
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prune_cli.errors import UserError
 from prune_cli.hooks import Progress
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod
+from prune_cli.prunable import Skip, named_by, weighted
 from prune_cli.selection import select_local
 from prune_cli.settings import Ratio
+
+SHORTCUTS = ("*shortcut*", "*downsample*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +28,14 @@ class SoftPruning(PruningMethod):
     norms are left alone; that a removed channel emits no constant is the cut's doing, and the
     accuracy is that of the cut network.
 
-    ratio  fraction of filters to zero: the experiment's, which training has to know here
-    skip   layers that stay whole, shell patterns; by default the convolutions of shortcuts
+    ratio    fraction of filters to zero: the experiment's, which training has to know here
+    exclude  as for all methods; None leaves the convolutions of shortcuts whole
     """
 
     unit: ClassVar[str] = "filter"
     scope: ClassVar[str] = "local"
     start: Literal["init", "dense"] = "init"
     ratio: Ratio
-    skip: tuple[str, ...] = ("*shortcut*", "*downsample*")
 
     @abstractmethod
     def score(self, weight: Tensor, ratio: float) -> Tensor:
@@ -44,9 +45,16 @@ class SoftPruning(PruningMethod):
         """The fraction that is zero now."""
         return self.ratio
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        self.layers(model)
-        return super().prepare(model)
+    def candidates(self, model: nn.Module) -> Mapping[str, nn.Module | Skip]:
+        return {name: self._candidate(name, layer) for name, layer in weighted(model).items()}
+
+    def _candidate(self, name: str, layer: nn.Module) -> nn.Module | Skip:
+        if isinstance(layer, nn.Linear):
+            return Skip("fully connected")
+        if layer.groups > 1:
+            return Skip("depthwise" if layer.groups == layer.in_channels else "a grouped convolution")
+        spared = self.exclude is None and named_by(SHORTCUTS, name)
+        return Skip("in a shortcut; method.exclude=[] prunes it too") if spared else layer
 
     def before_fit(self, model: nn.Module, progress: Progress) -> None:
         self.zero(model, self.select(model, self.rate(progress)))
@@ -56,7 +64,7 @@ class SoftPruning(PruningMethod):
 
     def select(self, model: nn.Module, ratio: float) -> Masks:
         """By score alone, whatever was zero until now."""
-        scores = {name: self.score(layer.weight.detach(), ratio) for name, layer in self.layers(model).items()}
+        scores = {name: self.score(layer.weight.detach(), ratio) for name, layer in self.prunable(model).layers.items()}
         return self._lowest(scores, ratio)
 
     @torch.no_grad()
@@ -69,7 +77,7 @@ class SoftPruning(PruningMethod):
     def prune(self, model: nn.Module, ratio: float) -> Masks:
         """Filters that training left at zero first: to any other score they are like all others."""
         scores = {}
-        for name, layer in self.layers(model).items():
+        for name, layer in self.prunable(model).layers.items():
             dead = ~layer.weight.detach().flatten(1).any(1)
             scores[name] = self.score(layer.weight.detach(), ratio).masked_fill(dead, -torch.inf)
         return self._lowest(scores, ratio)
@@ -77,17 +85,3 @@ class SoftPruning(PruningMethod):
     def _lowest(self, scores: dict[str, Tensor], ratio: float) -> Masks:
         # The authors round the number of filters that go, int(n * ratio): what stays is rounded up.
         return select_local(scores, dict.fromkeys(scores, ratio), self.unit, ratio, lambda kept: ceil(kept - 1e-9))
-
-    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The convolutions that are pruned, by name.
-
-        Raises UserError: there are none.
-        """
-        found = {
-            name: layer for name, layer in model.named_modules()
-            if isinstance(layer, nn.Conv2d) and layer.groups == 1
-            and not any(fnmatch(name, pattern) for pattern in self.skip)
-        }  # fmt: skip
-        if not found:
-            raise UserError("method: the model has no convolution (without groups, not named by method.skip) to prune")
-        return found

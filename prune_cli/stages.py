@@ -95,7 +95,7 @@ class Workshop:
         }
 
     def rehearse(self) -> None:
-        """Once, before the first training: prepare, penalise, select, cut and verify on the untrained network.
+        """Once, before the first training: prepare, penalise, select, compensate, cut and verify on the untrained network.
 
         Whatever the method cannot do with this network is said now, not after hours.
         """
@@ -110,6 +110,7 @@ class Workshop:
             way = travel(settings, steps)
             method.penalty(model, Progress(0, settings.epochs, 0, steps, way, settings.weight_decay))
         masks = method.prune(model, self.experiment.ratio)
+        model = method.compensate(model, masks)
         surgery.verify(surgery.mask(model, masks), surgery.cut(model, masks))
 
     def untrained(self) -> nn.Module:

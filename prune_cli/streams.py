@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from prune_cli.channels import ChannelGraph
-from prune_cli.layers.select import SelectChannels, narrow, selected
+from prune_cli.channels import ChannelGraph, united
+from prune_cli.layers.select import SelectChannels, selected
+from prune_cli.slicing import take_out
 
 
 def stream_norms(model: nn.Module) -> tuple[str, ...]:
@@ -33,14 +34,18 @@ def select(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, str]:
     shrinks, and in all layers behind it. Returns the new names of the norms that got another one."""
     with _as_convolutions(model, keep):
         graph = ChannelGraph(model)
-    for group in graph.inner:
-        if group.producers[0] in keep:
-            graph.remove(group, (~keep[group.producers[0]]).nonzero().flatten().tolist())
+    gone = {
+        group: (~keep[group.sources[0]]).nonzero().flatten().tolist()
+        for group in graph.inner if group.sources[0] in keep
+    }  # fmt: skip
+    unread = united(graph.inputs(group, channels) for group, channels in gone.items())
+    for reader, channels in unread.items():
+        take_out(model.get_submodule(reader), inputs=channels)
     renamed = {}
     for name, kept in keep.items():
         norm, channels = model.get_submodule(name), kept.nonzero().flatten()
         width = norm.num_features
-        narrow(norm, channels)
+        take_out(norm, outputs=(~kept).nonzero().flatten().tolist())
         selection = _selection_before(model, name)
         if selection is None:
             model.set_submodule(name, selected(norm, channels.to(norm.weight.device), width))

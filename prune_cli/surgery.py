@@ -14,20 +14,20 @@ removed channels are left out by a `SelectChannels` before it, for the layers be
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from prune_cli.channels import ChannelGraph, ChannelGroup
+from prune_cli.channels import ChannelGraph, ChannelGroup, united
 from prune_cli.errors import StageError
+from prune_cli.evaluation import evaluating
 from prune_cli.layers.gathered import GatheredConv2d
 from prune_cli.layers.scatter import scattered
-from prune_cli.layers.select import narrow
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.masks import UNIT_AXES, Masks, dead_filters
+from prune_cli.slicing import take_out
 from prune_cli.streams import select
 
 # Layers of which only the surviving units exist, with nothing to hold at zero.
@@ -87,18 +87,18 @@ def cut(model: nn.Module, masks: Masks) -> Cut:
     unselected = _unselected(model, masks)
     _zero_channels(model, unselected)
     _zero_channels(model, removed)
-    for group, channels in dead:
-        graph.remove(group, channels)
+    for name in removed.keys() | unread.keys():
+        take_out(model.get_submodule(name), removed.get(name, ()), unread.get(name, ()))
     for gap in gaps:
         _close(model, gap, removed.get(gap.layer, []))
-        removed = _united([removed, gap.outputs])
+        removed = united([removed, gap.outputs])
     remaining = _remap(masks, removed, unread)
     renamed = {gap.last: f"{gap.last}.layer" for gap in gaps}
     if unselected:
         keep = {name: remaining.keep.pop(name) for name in unselected if name in remaining.keep}
         keep = {name: kept for name, kept in keep.items() if kept.any()}  # else it stays, and emits zeros
         renamed |= select(model, keep)
-        removed = _united([removed, {name: unselected[name] for name in keep}])
+        removed = united([removed, {name: unselected[name] for name in keep}])
     if packed := PACKED.get(masks.unit):
         for layer, pattern in remaining.keep.items():
             if not pattern.all():
@@ -140,13 +140,15 @@ def _zero_units(model: nn.Module, masks: Masks) -> None:
 
 
 def _dead_channels(graph: ChannelGraph, masks: Masks) -> list[tuple[ChannelGroup, list[int]]]:
-    """Per removable group the channels that all of its producers have lost; at least one stays."""
+    """Per removable group the channels that all of its sources have lost, as far as they make whole
+    blocks; at least one block stays."""
     found = []
     for group in graph.groups:
         if not group.removable:
             continue
-        dead = torch.stack([dead_filters(masks, p, graph.model.get_submodule(p)) for p in group.producers]).all(0)
-        channels = dead.nonzero().flatten().tolist()[: group.width - 1]
+        dead = torch.stack([dead_filters(masks, p, graph.model.get_submodule(p)) for p in group.sources]).all(0)
+        blocks = dead.view(-1, group.block).all(1).nonzero().flatten().tolist()[: group.width // group.block - 1]
+        channels = [block * group.block + place for block in blocks for place in range(group.block)]
         if channels:
             found.append((group, channels))
     return found
@@ -195,8 +197,9 @@ def _close(model: nn.Module, gap: _Gap, removed: list[int]) -> None:
     the `removed` channels are gone already."""
     width = [c for c in range(model.get_submodule(gap.layer).weight.shape[0] + len(removed)) if c not in removed]
     kept = torch.tensor([place for place, c in enumerate(width) if c not in gap.channels])
+    gone = set(range(len(width))) - set(kept.tolist())
     for name in gap.outputs:
-        narrow(model.get_submodule(name), kept)
+        take_out(model.get_submodule(name), gone)
     last = model.get_submodule(gap.last)
     model.set_submodule(gap.last, scattered(last, kept.to(next(model.parameters()).device), len(width)))
 
@@ -209,20 +212,12 @@ def _unselected(model: nn.Module, masks: Masks) -> dict[str, list[int]]:
 
 def _outputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]]) -> dict[str, list[int]]:
     """Per layer the output channels that are among the dead ones of any group."""
-    return _united(graph.outputs(group, channels) for group, channels in dead)
+    return united(graph.outputs(group, channels) for group, channels in dead)
 
 
 def _inputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]]) -> dict[str, list[int]]:
     """Per layer the input channels that nobody writes any more."""
-    return _united(graph.inputs(group, channels) for group, channels in dead)
-
-
-def _united(parts: Iterable[dict[str, list[int]]]) -> dict[str, list[int]]:
-    channels: dict[str, set[int]] = {}
-    for part in parts:
-        for name, idxs in part.items():
-            channels.setdefault(name, set()).update(idxs)
-    return {name: sorted(idxs) for name, idxs in channels.items()}
+    return united(graph.inputs(group, channels) for group, channels in dead)
 
 
 def _zero_channels(model: nn.Module, outputs: dict[str, list[int]]) -> None:
@@ -257,14 +252,13 @@ def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     handles = [
         module.register_forward_hook(lambda m, _, y: outputs.setdefault(names[m], y.detach())) for module in names
     ]
-    training = [(module, module.training) for module in model.modules()]
-    outputs[""] = torch.empty(0)  # first in order, filled last
-    outputs[""] = model.eval()(x)
-    for handle in handles:
-        handle.remove()
-    for module, flag in training:
-        module.training = flag
-    return {**{k: v for k, v in outputs.items() if k}, "": outputs[""]}
+    try:
+        with evaluating(model):
+            result = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {**outputs, "": result}
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -5,9 +5,16 @@ import torch
 from torch import nn
 from toys import network
 
-from prune_cli.channels import ChannelGraph
+from prune_cli.channels import ChannelGraph, ChannelGroup
+from prune_cli.slicing import take_out
 
 RESNET, VGG, LENET = "prune_cli.models.resnet.CifarResNet", "prune_cli.models.vgg.VGG", "prune_cli.models.lenet"
+
+
+def remove(graph: ChannelGraph, group: ChannelGroup, channels: list[int]) -> None:
+    outputs, inputs = graph.outputs(group, channels), graph.inputs(group, channels)
+    for name in outputs.keys() | inputs.keys():
+        take_out(graph.model.get_submodule(name), outputs.get(name, ()), inputs.get(name, ()))
 
 
 def groups(model: nn.Module) -> dict[frozenset, bool]:
@@ -56,7 +63,7 @@ def test_the_flattened_map_of_a_lenet():
     assert groups(model) == {frozenset([n]): n != "fc2" for n in ("conv1", "conv2", "fc1", "fc2")}
     graph = ChannelGraph(model)
     group = next(g for g in graph.groups if g.producers == ("conv2",))
-    graph.remove(group, [3, 10])
+    remove(graph, group, [3, 10])
     assert model.fc1.in_features == 48 * 16
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 4)
 
@@ -82,15 +89,21 @@ def test_a_depthwise_convolution_shares_the_channels_it_reads():
     model = network("toys.Grouped", groups=6)
     assert groups(model)[frozenset(["expand", "spread"])] is True
     graph = ChannelGraph(model)
-    assert [group.producers for group in graph.inner] == [("project",)]
-    graph.remove(next(g for g in graph.groups if "spread" in g.producers), [0, 5])
+    assert {group.sources for group in graph.inner} == {("project",), ("expand",)}
+    remove(graph, next(g for g in graph.groups if "spread" in g.producers), [0, 5])
     assert model.spread.weight.shape == (4, 1, 3, 3)
     assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
 
 
-def test_a_grouped_convolution_keeps_its_channels():
-    found = groups(network("toys.Grouped", groups=2))
-    assert found == {frozenset([n]): n == "project" for n in ("expand", "spread", "project", "fc")}
+def test_a_grouped_convolution_loses_whole_groups_with_what_it_reads():
+    model = network("toys.Grouped", groups=2)
+    graph = ChannelGraph(model)
+    group = graph.of("expand")
+    assert (set(group.producers), group.sources, group.block, group.removable) == ({"expand", "spread"}, ("expand",), 3, True)
+    assert [inner.sources for inner in graph.inner] == [("project",)]
+    remove(graph, group, [3, 4, 5])
+    assert (model.spread.groups, model.spread.weight.shape, model.project.in_channels) == (1, (3, 3, 3, 3), 3)
+    assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
 
 
 def test_a_norm_that_mixes_channels_keeps_them():
@@ -101,6 +114,46 @@ def test_a_norm_that_mixes_channels_keeps_them():
 def test_activations_with_parameters_write_no_channels():
     found = ChannelGraph(network("toys.Kernels")).inner
     assert {group.producers for group in found} == {("wide",), ("point",), ("bare",), ("same",)}
+
+
+@pytest.mark.parametrize(
+    ("target", "blocked", "reason"),
+    [
+        ("toys.Shuffled", {"branch"}, "view moves or mixes channels"),
+        ("toys.Padded", {"stem", "branch"}, "moves or mixes channels"),
+        ("toys.Squeezed", set(), ""),
+        ("toys.Attended", {"branch", "attention"}, "moves or mixes channels"),
+        ("toys.Sigmoids", {"branch"}, "sigmoid makes something of a zero"),
+        ("toys.AddedToInput", {"depthwise", "mix"}, "its channels are those of the network's input"),
+        ("toys.Twice", set(), ""),
+        ("toys.OnMaps", {"stem", "narrow"}, "mixes channels"),
+    ],
+)
+def test_what_cannot_be_removed_says_why(target, blocked, reason):
+    graph = ChannelGraph(network(target))
+    found = {name: group.blocked for group in graph.groups for name in group.producers if group.blocked}
+    assert found.pop("fc") == "its channels are the network's output"
+    assert set(found) == blocked
+    assert all(reason in found[name] for name in blocked)
+
+
+def test_a_gate_goes_with_what_it_scales():
+    graph = ChannelGraph(network("toys.Squeezed"))
+    group = graph.of("branch")
+    assert (set(group.producers), group.sources) == ({"branch", "excite"}, ("branch",))
+    assert graph.why_not_alone("excite") == "a gate: its channels go with those of branch"
+    assert {g.sources for g in graph.inner} == {("stem",), ("branch",), ("squeeze",), ("next",)}
+
+
+def test_a_layer_called_twice_shares_what_it_reads_and_writes():
+    group = ChannelGraph(network("toys.Twice")).of("stem")
+    assert set(group.sources) == {"stem", "branch"}
+
+
+def test_linear_layers_on_maps_are_known():
+    graph = ChannelGraph(network("toys.OnMaps"))
+    assert graph.pointwise == {"wide", "narrow"}
+    assert {group.sources for group in graph.inner} == {("wide",), ("next",)}
 
 
 NETWORKS = [

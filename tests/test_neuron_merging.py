@@ -9,7 +9,6 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli import surgery
 from prune_cli.channels import ChannelGraph
-from prune_cli.filters import prunable_filters
 from prune_cli.masks import Masks
 from prune_cli.methods.fp import FilterPruning
 from prune_cli.methods.neuron_merging import NeuronMerging
@@ -29,8 +28,8 @@ def _images() -> torch.Tensor:
 @torch.no_grad()
 def _make_redundant(model: nn.Module) -> None:
     """Every second prunable filter becomes 0.3 times its neighbour, also behind its batch norm."""
-    for name, group in prunable_filters(ChannelGraph(model)).items():
-        layer = model.get_submodule(name)
+    for name, filters in NeuronMerging().prunable(model).layers.items():
+        layer, group = model.get_submodule(name), filters.group
         for tensor in filter(lambda t: t is not None, (layer.weight, layer.bias)):
             tensor[1::2] = 0.3 * tensor[0::2]
         for norm in map(model.get_submodule, group.norms):
@@ -74,7 +73,7 @@ def test_duplicates_merge_exactly_whatever_lies_before_the_reader(target, argume
     inside a block (conv1 - bn2 - relu - conv2), those behind a concatenation, none at all before a shortcut."""
     model = network(target, **arguments)
     graph = ChannelGraph(model)
-    groups = prunable_filters(graph)
+    groups = {name: filters.group for name, filters in NeuronMerging().prunable(model).layers.items()}
     for name, group in groups.items():
         layer, places = model.get_submodule(name), graph.outputs(group, range(group.width))
         pairs = group.width // 2

@@ -3,6 +3,7 @@
 import torch
 from tiny import randomise
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prune_cli.masks import UNIT_AXES, Masks
 from prune_cli.models.spec import ModelSpec
@@ -86,6 +87,105 @@ class BiasedSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
         return self.fc((x + self.outer(torch.relu(self.inner(x)))).mean((2, 3)))
+
+
+class _Stages(nn.Module):
+    """A stem, what a subclass makes of its six channels, a convolution that reads it, a classifier."""
+
+    def __init__(self, channels: int, resolution: int, classes: int, width: int = 6) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 6, 3, padding=1)
+        self.branch = nn.Conv2d(6, 6, 3, padding=1)
+        self.next = nn.Conv2d(width, 5, 3)
+        self.fc = nn.Linear(5, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.next(self.between(torch.relu(self.stem(x))))).mean((2, 3)))
+
+
+class Shuffled(_Stages):
+    """Channels change places between two reshapes, as in ShuffleNet."""
+
+    def between(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.branch(x))
+        n, c, h, w = y.shape
+        return y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+class Padded(_Stages):
+    """Option A written with functions: half of the channels is cut off, then zeros are added."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, 3:], (0, 0, 0, 0, 0, 3)) + self.branch(x)
+
+
+class Squeezed(_Stages):
+    """Squeeze-and-excitation: a gate per channel."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__(channels, resolution, classes)
+        self.squeeze, self.excite = nn.Conv2d(6, 3, 1), nn.Conv2d(3, 6, 1)
+
+    def between(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        return y * torch.sigmoid(self.excite(torch.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+
+
+class Attended(_Stages):
+    """Spatial attention: the mean over channels scales all of them."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__(channels, resolution, classes)
+        self.attention = nn.Conv2d(1, 1, 3, padding=1)
+
+    def between(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        return y * torch.sigmoid(self.attention(y.mean(1, keepdim=True)))
+
+
+class Sigmoids(_Stages):
+    """An activation that makes a half of a removed channel."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.branch(x))
+
+
+class AddedToInput(nn.Module):
+    """A residual sum with the images themselves, behind a depthwise convolution that reads them."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.mix = nn.Conv2d(channels, channels, 1)
+        self.next = nn.Conv2d(channels, 5, 3)
+        self.fc = nn.Linear(5, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.next(x + self.mix(self.depthwise(x)))).mean((2, 3)))
+
+
+class Twice(_Stages):
+    """A convolution and an activation that are called twice, the second time on their own output."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.relu(self.branch(torch.relu(self.branch(x))))
+
+
+class OnMaps(nn.Module):
+    """Linear layers on maps with the channels last, as in ConvNeXt, beside a norm that mixes channels."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 6, 3, padding=1)
+        self.norm = nn.LayerNorm(6)
+        self.wide, self.narrow = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.next = nn.Conv2d(6, 5, 3)
+        self.fc = nn.Linear(5, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.narrow(F.gelu(self.wide(self.norm(x.permute(0, 2, 3, 1)))))
+        return self.fc(torch.relu(self.next(x + y.permute(0, 3, 1, 2))).mean((2, 3)))
 
 
 def network(target: str, channels: int = 3, resolution: int = 8, classes: int = 4, **arguments) -> nn.Module:

@@ -36,13 +36,3 @@ class SelectChannels(nn.Module):
 def selected(layer: nn.Module, channels: Tensor, in_channels: int) -> nn.Sequential:
     """The layer, under the name `layer`, reading only these channels."""
     return nn.Sequential(OrderedDict(select=SelectChannels(channels, in_channels), layer=layer))
-
-
-@torch.no_grad()
-def narrow(layer: nn.Module, kept: Tensor) -> None:
-    """Leave a convolution, in place, only these output channels, or a batch norm these channels."""
-    for attribute in ("weight", "bias", "running_mean", "running_var"):
-        if (tensor := getattr(layer, attribute, None)) is not None:
-            rest = tensor[kept.to(tensor.device)]
-            setattr(layer, attribute, nn.Parameter(rest) if isinstance(tensor, nn.Parameter) else rest)
-    setattr(layer, "out_channels" if hasattr(layer, "out_channels") else "num_features", len(kept))

@@ -57,13 +57,17 @@ class StripeConv2d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, stripes={alive}/{total}, stride={self.stride}"
 
 
-def packable(module: nn.Module) -> bool:
-    """Whether the layer is a convolution that can do with a part of its stripes or columns: without
+def unpackable(module: nn.Module) -> str | None:
+    """Why the layer cannot do with a part of its stripes or columns; None = it is a convolution without
     groups and dilation, padded with as many zeros on either side."""
-    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
-        return False
+    if not isinstance(module, nn.Conv2d):
+        return "fully connected"
+    if module.groups > 1:
+        return "depthwise" if module.groups == module.in_channels else "a grouped convolution"
+    if module.dilation != (1, 1):
+        return "a dilated convolution"
     asymmetric = module.padding == "same" and any(size % 2 == 0 for size in module.kernel_size)
-    return module.groups == 1 and module.dilation == (1, 1) and not asymmetric
+    return "not padded with as many zeros on either side" if asymmetric or module.padding_mode != "zeros" else None
 
 
 def in_pixels(padding: tuple[int, int] | str, kernel: torch.Size) -> tuple[int, int]:

@@ -35,7 +35,7 @@ class GeometricMedian(SoftPruning):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         model = super().prepare(model)
-        for name, conv in self.layers(model).items():
+        for name, conv in self.prunable(model).layers.items():
             model.set_submodule(name, MaskedConv2d.from_conv(conv))
         return model
 

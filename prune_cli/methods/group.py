@@ -1,17 +1,18 @@
 """Group-wise pruning: "Learning Structured Sparsity in Deep Neural Networks" (SSL, Wen et al.,
 NIPS 2016), shape-wise."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prune_cli.errors import UserError
 from prune_cli.hooks import Progress
-from prune_cli.layers.stripe import packable
+from prune_cli.layers.stripe import unpackable
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
+from prune_cli.prunable import Skip, weighted
 from prune_cli.selection import select_global, select_local, separation_note
 from prune_cli.settings import NonNegative, Positive
 
@@ -36,12 +37,12 @@ class GroupPruning(PruningMethod):
     lam: NonNegative | None = None
     strength: Positive = 1.3
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        _layers(model)
-        return super().prepare(model)
+    def candidates(self, model: nn.Module) -> Mapping[str, nn.Module | Skip]:
+        reasons = {name: unpackable(layer) for name, layer in weighted(model).items()}
+        return {name: Skip(reason) if reason else model.get_submodule(name) for name, reason in reasons.items()}
 
     def penalty(self, model: nn.Module, progress: Progress) -> dict[str, Tensor]:
-        norms = torch.cat([_norms(layer.weight).flatten() for layer in _layers(model).values()])
+        norms = torch.cat([_norms(layer.weight).flatten() for layer in self.prunable(model).layers.values()])
         weight = progress.penalty_weight(self.strength) if self.lam is None else self.lam
         return {"group_lasso": weight * norms.sum()}
 
@@ -55,18 +56,10 @@ class GroupPruning(PruningMethod):
 
     def watch(self, model: nn.Module) -> dict[str, Tensor]:
         """(I, K, K): the root mean square of each group's weights, by layer."""
-        layers = _layers(model)
+        layers = self.prunable(model).layers
         return {name: _norms(layer.weight.detach()) / len(layer.weight) ** 0.5 for name, layer in layers.items()}
 
 
 def _norms(weight: Tensor) -> Tensor:
     """(O, I, K, K) to (I, K, K). The gradient at a group of zeros is zero, not 0 / 0."""
     return torch.linalg.vector_norm(weight, dim=0)
-
-
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Raises UserError: there are none."""
-    found = {name: module for name, module in model.named_modules() if packable(module)}
-    if not found:
-        raise UserError("method=group: the model has no convolution (without groups and dilation, padded with zeros)")
-    return found

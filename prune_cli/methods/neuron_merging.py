@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from prune_cli.channels import ChannelGraph, ChannelGroup
 from prune_cli.criteria import Criterion, filter_score
 from prune_cli.errors import UserError
-from prune_cli.filters import FilterMethod, prunable_filters
+from prune_cli.filters import FilterMethod
 from prune_cli.masks import Masks
 from prune_cli.method import selection_field
 from prune_cli.settings import Fraction
@@ -46,10 +46,12 @@ class NeuronMerging(FilterMethod):
         if not self.merge:
             return model
         merged = copy.deepcopy(model)
-        graph = ChannelGraph(merged)
+        graph = ChannelGraph(model)
         # All similarities are those of the original network: merging changes the next layer's weights.
-        for name, group in prunable_filters(graph).items():
-            if name not in masks.keep:
+        for name, filters in self.prunable(model).layers.items():
+            group = filters.group
+            # Neither a sum nor a depthwise convolution passes on a multiple of one filter.
+            if name not in masks.keep or group.producers != (name,):
                 continue
             places = graph.outputs(group, range(group.width))
             for reader, channels in _readers(graph, group, name).items():

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from prune_cli.criteria import filter_norm
-from prune_cli.errors import UserError
 from prune_cli.filters import FilterMethod
 from prune_cli.method import selection_field
 
@@ -17,7 +16,8 @@ class SlimMagnitude(FilterMethod):
 
     finetune: bool = selection_field(default=True)
 
+    def lacks(self, layer: nn.Module, scales: Tensor | None) -> str | None:
+        return "no batch norm scales its channels" if scales is None else None
+
     def score(self, layer: nn.Module, scales: Tensor | None) -> Tensor:
-        if scales is None:
-            raise UserError("method=slim_magnitude: the model has prunable layers without batch norm")
         return scales * filter_norm(layer.weight, order=2)

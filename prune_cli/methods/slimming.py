@@ -1,5 +1,6 @@
 """Network slimming: "Learning Efficient Convolutional Networks through Network Slimming" (Liu et al., ICCV 2017)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli.channels import ChannelGraph
-from prune_cli.errors import UserError
 from prune_cli.hooks import Progress
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
+from prune_cli.prunable import Skip, weighted
 from prune_cli.selection import select_global, separation_note
 from prune_cli.settings import NonNegative, Positive
 from prune_cli.streams import stream_norms
@@ -41,10 +42,23 @@ class NetworkSlimming(PruningMethod):
     lam: NonNegative | None = None
     strength: Positive = 2.7
     residual: bool = selection_field(default=False)
+    exclude: tuple[str, ...] | None = selection_field(default=None)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        self._own_scales(model)
-        return super().prepare(model)
+    def candidates(self, model: nn.Module) -> Mapping[str, Tensor | Skip]:
+        """(O,) |gamma| of the batch norm behind every prunable layer, and of those on a stream by their own name."""
+        graph, norms = ChannelGraph(model), _scaled_norms(model)
+        found = {name: self._candidate(graph, norms, name, layer) for name, layer in weighted(model).items()}
+        return found | {name: norms[name].weight.detach().abs() for name in stream_norms(model)}
+
+    def _candidate(
+        self, graph: ChannelGraph, norms: Mapping[str, nn.Module], name: str, layer: nn.Module
+    ) -> Tensor | Skip:
+        alone = self.residual and isinstance(layer, nn.Conv2d) and layer.groups == 1
+        if not alone and (reason := graph.why_not_alone(name)):
+            return Skip(reason)
+        # Not a norm behind a concatenation or a sum: its channels are other layers' too.
+        norm = graph.own_norm(name)
+        return norms[norm].weight.detach().abs() if norm in norms else Skip("no batch norm with a scale of its own")
 
     def penalty(self, model: nn.Module, progress: Progress) -> dict[str, Tensor]:
         # The gradient of |gamma| is sign(gamma), zero at zero: the paper's sub-gradient.
@@ -53,31 +67,12 @@ class NetworkSlimming(PruningMethod):
         return {"scale_l1": weight * scales.abs().sum()}
 
     def prune(self, model: nn.Module, ratio: float) -> Masks:
-        scores = self._own_scales(model)
+        scores = self.prunable(model).layers
         masks = select_global(scores, ratio, self.unit)
         return masks.with_notes(*separation_note(scores, masks, "scale of batch norm"))
 
     def watch(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: norm.weight.detach().abs() for name, norm in _scaled_norms(model).items()}
-
-    def _own_scales(self, model: nn.Module) -> dict[str, Tensor]:
-        """(O,) |gamma| of the batch norm behind every prunable layer, by the layer's name, and of those on a
-        stream by their own.
-
-        Raises UserError: there is neither.
-        """
-        graph, norms = ChannelGraph(model), _scaled_norms(model)
-        inner = {producer for group in graph.inner for producer in group.producers}
-        scales = {}
-        for name, layer in model.named_modules():
-            prunable = name in inner or (self.residual and isinstance(layer, nn.Conv2d) and layer.groups == 1)
-            # Not a norm behind a concatenation or a sum: its channels are other layers' too.
-            if prunable and (norm := graph.own_norm(name)) in norms:
-                scales[name] = norms[norm].weight.detach().abs()
-        scales |= {name: norms[name].weight.detach().abs() for name in stream_norms(model)}
-        if not scales:
-            raise UserError("method=slimming: no prunable layer of the model has a batch norm with a scale of its own")
-        return scales
 
 
 def _scaled_norms(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,6 +1,8 @@
 """Stripe-wise pruning: "Pruning Filter in Filter" (Meng et al., NeurIPS 2020)."""
 
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.channels import ChannelGraph, ChannelGroup
-from prune_cli.errors import UserError
 from prune_cli.hooks import Progress
 from prune_cli.layers.skeleton import SkeletonConv2d
-from prune_cli.layers.stripe import packable
+from prune_cli.layers.stripe import unpackable
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
+from prune_cli.prunable import Skip, weighted
 from prune_cli.selection import keep_best, select_global, select_threshold, separation_note
 from prune_cli.settings import NonNegative, Positive
 
@@ -42,20 +44,18 @@ class StripePruning(PruningMethod):
     train: Literal["all", "skeleton"] = "all"
     select: Literal["ratio", "threshold"] = selection_field(default="ratio")
 
+    def candidates(self, model: nn.Module) -> Mapping[str, nn.Module | Skip]:
+        reasons = {name: _without_stripes(layer) for name, layer in weighted(model).items()}
+        return {name: Skip(reason) if reason else model.get_submodule(name) for name, reason in reasons.items()}
+
     def prepare(self, model: nn.Module) -> nn.Module:
-        model = super().prepare(model)
-        graph = ChannelGraph(model)
-        norms = {group.producers[0]: _own_norms(model, group) for group in graph.inner}
-        for name, module in list(model.named_modules()):
-            if _has_stripes(module):
-                layer = SkeletonConv2d.from_conv(module)
-                layer.norms = norms.get(name)
-                model.set_submodule(name, layer)
-        if not _skeletons(model):
-            raise UserError(
-                "method=stripe: the model has no convolution larger than 1x1 (without groups and dilation, "
-                "padded with zeros)"
-            )
+        layers = self.prunable(model).layers
+        model = copy.deepcopy(model)
+        norms = {group.sources[0]: _own_norms(model, group) for group in ChannelGraph(model).inner}
+        for name in layers:
+            layer = SkeletonConv2d.from_conv(model.get_submodule(name))
+            layer.norms = norms.get(name)
+            model.set_submodule(name, layer)
         if self.train == "skeleton":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = name.endswith(".skeleton")
@@ -91,8 +91,8 @@ class StripePruning(PruningMethod):
         return {name: (layer.skeleton.detach() * layer.alive).abs() for name, layer in _skeletons(model).items()}
 
 
-def _has_stripes(module: nn.Module) -> bool:
-    return packable(module) and math.prod(module.kernel_size) > 1
+def _without_stripes(layer: nn.Module) -> str | None:
+    return unpackable(layer) or ("1x1, a single stripe" if math.prod(layer.kernel_size) == 1 else None)
 
 
 def _own_norms(model: nn.Module, group: ChannelGroup) -> tuple[str, ...]:

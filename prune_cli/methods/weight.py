@@ -1,5 +1,6 @@
 """Magnitude pruning: "Learning both Weights and Connections for Efficient Neural Networks" (Han et al., NIPS 2015)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,6 +9,7 @@ from torch import nn
 from prune_cli.errors import UserError
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
+from prune_cli.prunable import Skip, weighted
 from prune_cli.selection import select_global, select_local
 from prune_cli.settings import Fraction
 
@@ -32,27 +34,23 @@ class WeightPruning(PruningMethod):
     layers: Literal["conv", "all"] = selection_field(default="conv")
     last_rate: Fraction = selection_field(default=1.0)
 
+    def candidates(self, model: nn.Module) -> Mapping[str, nn.Module | Skip]:
+        layers = weighted(model)
+        linear = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        if self.layers == "all" or len(linear) == len(layers):
+            return layers
+        skip = Skip("fully connected; method.layers=all prunes it too")
+        return {name: skip if name in linear else layer for name, layer in layers.items()}
+
     def prune(self, model: nn.Module, ratio: float) -> Masks:
-        scores = {name: layer.weight.detach().abs() for name, layer in self._layers(model).items()}
+        scores = {name: layer.weight.detach().abs() for name, layer in self.prunable(model).layers.items()}
         if self.scope == "global":
             if self.last_rate != 1:
                 raise UserError("method.last_rate: belongs to method.scope=local; a global ranking has no layer rates")
             return select_global(scores, ratio, self.unit)
         ratios = dict.fromkeys(scores, ratio)
-        if (last := list(_weighted(model))[-1]) in ratios:
+        if (last := list(weighted(model))[-1]) in ratios:
             ratios[last] *= self.last_rate
         sizes = {name: s.numel() for name, s in scores.items()}
         requested = sum(ratios[name] * size for name, size in sizes.items()) / sum(sizes.values())
         return select_local(scores, ratios, self.unit, requested)
-
-    def _layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        layers = _weighted(model)
-        if not layers:
-            raise UserError("method=weight: the model has neither convolutions nor linear layers")
-        convolutions = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Linear)}
-        return convolutions if convolutions and self.layers == "conv" else layers
-
-
-def _weighted(model: nn.Module) -> dict[str, nn.Module]:
-    """Convolutions and linear layers by name, in the model's order."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}

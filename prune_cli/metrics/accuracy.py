@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from prune_cli.datasets.dataset import Split
+from prune_cli.evaluation import evaluating
 
 # Input values per batch: 1000 images of 32x32x3, 20 of 224x224x3 per million and a half of them.
 BATCH_VALUES = 3_000_000
@@ -15,15 +16,12 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
     The precision of training does not enter: what ships is the float32 network.
     """
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
     values = model.input_shape[0] * model.input_shape[1] * model.input_shape[2]
     layout = memory_format(model)
     right = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-    for x, y in split.batches(max(1, min(1000, BATCH_VALUES // values))):
-        right += (model(x.contiguous(memory_format=layout)).argmax(1) == y).sum()
-    for module, flag in training:
-        module.training = flag
+    with evaluating(model):
+        for x, y in split.batches(max(1, min(1000, BATCH_VALUES // values))):
+            right += (model(x.contiguous(memory_format=layout)).argmax(1) == y).sum()
     return right.item() / len(split)
 
 

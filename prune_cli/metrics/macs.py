@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.errors import UserError
+from prune_cli.evaluation import evaluating
 
 
 @runtime_checkable
@@ -73,7 +74,7 @@ def count_elementwise(model: nn.Module, input_shape: tuple[int, ...]) -> dict[st
 
 
 def _run(model: nn.Module, input_shape: tuple[int, ...]) -> None:
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         model(_blank_image(model, input_shape))
 
 
@@ -117,18 +118,6 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
         raise UserError(f"no formula for the MACs of a {kind} layer: give the class a method macs(self, output)")
     for child in module.children():
         yield from _layers(child)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, so that BN neither needs a batch nor moves; then each module's own flag again."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
 
 
 def _blank_image(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:

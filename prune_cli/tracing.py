@@ -1,0 +1,189 @@
+"""How channels flow through a network, seen by Torch-Pruning, whose only importer this is.
+
+Its DependencyGraph (Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023) follows autograd
+and takes every operation it does not know for an elementwise one, in which channel i stays channel i. So it
+would walk through slices, padding, shuffles and sums over channels, and couple the wrong layers without a
+word. Here such an operation is a barrier: what it writes has channels of its own, and neither those nor the
+ones it reads can be removed.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+from prune_cli.slicing import block_size, follows
+
+INPUT = "its channels are those of the network's input"
+OUTPUT = "its channels are the network's output"
+
+_HANDLED = {"cat", "concat", "concatenate"}  # Torch-Pruning knows which channel comes from where
+_MIXING = {  # the shape says nothing, and a zero channel would still be felt by the others
+    "roll", "flip", "layer_norm", "group_norm", "local_response_norm", "softmax", "log_softmax",
+    "channel_shuffle", "native_channel_shuffle", "cumsum", "sort",
+}  # fmt: skip
+_INDEXED = ("Index", "Gather", "Scatter", "Take")  # autograd nodes of what picks by a tensor of indices
+_CHANNELS_LAST = {(0, 2, 3, 1), (0, 3, 1, 2), (0, 2, 1)}  # to the last axis and back: the channels stay what they are
+_NOT_ZERO_AT_ZERO = {"Sigmoid", "Hardsigmoid", "Softplus", "LogSigmoid", "Exp", "Cos", "Softmax", "LogSoftmax"}
+
+
+class _Blocks(tp.pruner.function.DepthwiseConvPruner):
+    """To Torch-Pruning, a grouped convolution whose blocks of outputs go with the same blocks of inputs."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+        raise NotImplementedError("only the graph is Torch-Pruning's, removal is not")
+
+    prune_in_channels = prune_out_channels
+
+
+class Trace(tp.DependencyGraph):
+    """The graph of one network, traced with a blank image of `model.input_shape` (C, H, W).
+
+    pointwise  the linear layers that work on maps (N, H, W, C), as 1x1 convolutions do
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._blocks = _Blocks()
+        self._in_channel_pruning_fn.add(self._blocks.prune_in_channels)
+        self._out_channel_pruning_fn.add(self._blocks.prune_out_channels)
+        self._barriers: dict[nn.Module, str] = {}
+        self._watch = _Watch()
+        self.pointwise: set[nn.Module] = set()
+        hooks = [m.register_forward_hook(self._note_maps) for m in model.modules() if isinstance(m, nn.Linear)]
+        like = next(model.parameters())
+        # Autograd is the tracer: without a gradient, layers behind frozen weights go unseen.
+        example = torch.zeros(1, *model.input_shape, device=like.device, dtype=like.dtype, requires_grad=True)
+        try:
+            with torch.enable_grad():
+                # The addition is a node after the last layer: where the network's output begins.
+                self.build_dependency(
+                    model, example, verbose=False, forward_fn=self._forward, output_transform=lambda logits: logits + 0
+                )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # Every look at a group computes the indices behind the other nodes anew, which nothing has changed.
+        self.module2node = {m: node for m, node in self.module2node.items() if isinstance(m, (_ConvNd, nn.Linear))}
+
+    def reason(self, dep: Any) -> str | None:
+        """Why a zero channel cannot leave the layer or operation that `dep` leads to; None = it can, and the
+        other channels are computed as before."""
+        module, node = dep.target.module, dep.target
+        if module in self._barriers:
+            return self._barriers[module]
+        if isinstance(module, tp.ops._OutputOp):
+            return OUTPUT
+        if isinstance(module, nn.Parameter):
+            return "they meet a parameter that belongs to no known layer"
+        if type(module).__module__.startswith("torch_pruning"):  # additions, reshapes, concatenations, activations
+            operation = _name(node)
+            constant = operation in _NOT_ZERO_AT_ZERO and not self._gates(node)
+            return f"{operation.lower()} makes something of a zero" if constant else None
+        if isinstance(module, _ConvNd) and module.groups > 1:
+            return None if follows(module) else "a grouped convolution has another number of inputs than of outputs"
+        exact = writes(module) or isinstance(module, (_NormBase, nn.PReLU))
+        return None if exact else f"{type(module).__name__} mixes channels or is not known"
+
+    def is_gate(self, layer: nn.Module) -> bool:
+        """Whether the layer only scales what others write, as the last one of squeeze-and-excitation does."""
+        readers = self.module2node[layer].outputs
+        return bool(readers) and all(_name(r) in _NOT_ZERO_AT_ZERO and self._gates(r) for r in readers)
+
+    def get_pruner_of_module(self, module: nn.Module) -> Any:
+        return self._blocks if block_size(module) > 1 else super().get_pruner_of_module(module)
+
+    def _forward(self, model: nn.Module, image: Tensor) -> Tensor:
+        image = image + 0
+        self._watch.found[image.grad_fn] = (INPUT, image.shape[1], image.shape[1])
+        with self._watch:
+            return model(image)
+
+    def _trace_computational_graph(self, module2node, output, gradfn2module, reused, visited) -> None:
+        for grad_fn, (reason, inputs, outputs) in self._watch.found.items():
+            if grad_fn not in gradfn2module:  # a known layer speaks for itself
+                stand_in = nn.Conv2d(inputs, outputs, 1, device="meta")  # where a walk along channels stops
+                self._barriers[stand_in] = reason
+                gradfn2module[grad_fn] = stand_in
+        super()._trace_computational_graph(module2node, output, gradfn2module, reused, visited)
+
+    def _note_maps(self, layer: nn.Module, _, output: Tensor) -> None:
+        if output.ndim > 2:
+            self.pointwise.add(layer)
+
+    @staticmethod
+    def _gates(node: Any) -> bool:
+        """Whether all that is done with the result is to multiply something else with it."""
+        return bool(node.outputs) and all(_name(r) == "Mul" and len(r.inputs) > 1 for r in node.outputs)
+
+
+def writes(module: nn.Module) -> bool:
+    """Whether axis 0 of the layer's weight is its output channels."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+
+
+def _name(node: Any) -> str:
+    """Of an operation, as autograd calls it: Mul, Sigmoid."""
+    return node.grad_fn.name().partition("Backward")[0]
+
+
+class _Watch(TorchFunctionMode):
+    """Finds the operations that move, mix or make channels: per autograd node the reason and the channels
+    that go in and come out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Any, tuple[str, int, int]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.grad_fn is not None:
+            name = func.__name__.strip("_")
+            indexed = result.grad_fn.name().startswith(_INDEXED)
+            read = [t for t in _tensors(args) if t.requires_grad and not isinstance(t, nn.Parameter)]
+            if read and name not in _HANDLED and (indexed or not _keeps_channels(name, args, read, result)):
+                reason = f"{name} moves or mixes channels"
+                self.found[result.grad_fn] = (reason, _channels(read[0]), _channels(result))
+        return result
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _keeps_channels(name: str, args: tuple, read: list[Tensor], result: Tensor) -> bool:
+    """Whether channel i of the result is made of channel i of what was read, or of its pixels behind a flatten."""
+    if name in _MIXING:
+        return False
+    if name in ("permute", "transpose", "swapaxes", "movedim"):
+        order = _permutation(name, args, result.ndim)
+        return order in _CHANNELS_LAST or order[:2] == (0, 1)
+    if result.ndim < 2 or any(t.ndim < 2 for t in read):
+        return False
+    flattened = result.ndim == 2 and len(read) == 1 and result.shape[1] == read[0][0].numel()
+    return flattened or all(_channels(t) == _channels(result) for t in read)
+
+
+def _permutation(name: str, args: tuple, ndim: int) -> tuple[int, ...]:
+    numbers = [n for arg in args[1:] for n in (arg if isinstance(arg, (list, tuple)) else [arg])]
+    axes = list(range(ndim))
+    if name == "permute":
+        return tuple(n % ndim for n in numbers)
+    if name == "movedim" or len(numbers) != 2:
+        return ()
+    first, second = (n % ndim for n in numbers)
+    axes[first], axes[second] = axes[second], axes[first]
+    return tuple(axes)
+
+
+def _channels(tensor: Tensor) -> int:
+    return tensor.shape[1] if tensor.ndim > 1 else 1
