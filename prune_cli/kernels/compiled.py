@@ -2,6 +2,7 @@
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
@@ -36,7 +37,7 @@ def compiled(operation: Operation, tuning: Tuning, variant: str | None = None) -
     Raises CannotBuild.
     """
     kernels = library(variant)
-    layer = _prepare(kernels, operation, tuning)
+    layer = _Held(_prepare(kernels, operation, tuning), kernels.release_layer)
     calls: dict[tuple, tuple] = {}
 
     def run(x: Tensor) -> Tensor:
@@ -45,16 +46,23 @@ def compiled(operation: Operation, tuning: Tuning, variant: str | None = None) -
         threads = torch.get_num_threads()
         call = calls.get((x.shape, x.stride(), threads))
         if call is None:
-            call = calls[x.shape, x.stride(), threads] = _call(operation, x, threads)
-        size, layout, images, dense = call
+            call = calls[x.shape, x.stride(), threads] = _arrange(kernels, layer, operation, x, threads)
+        size, layout, arranged, dense = call
         x = x if dense else x.contiguous()
         y = torch.empty(size, memory_format=layout)
         if y.numel():
-            kernels.run(layer, x.data_ptr(), y.data_ptr(), images)
+            kernels.run(arranged.address, x.data_ptr(), y.data_ptr())
         return y
 
-    weakref.finalize(run, kernels.release, layer)
     return run
+
+
+class _Held:
+    """An object of the library's, released with this one; it may need others that are held."""
+
+    def __init__(self, address: int, release: Callable[[int], None], *needs: "_Held") -> None:
+        self.address, self.needs = address, needs
+        weakref.finalize(self, release, address)
 
 
 def _prepare(kernels: ctypes.CDLL, operation: Operation, tuning: Tuning) -> int:
@@ -69,14 +77,15 @@ def _prepare(kernels: ctypes.CDLL, operation: Operation, tuning: Tuning) -> int:
     )
 
 
-def _call(operation: Operation, x: Tensor, threads: int) -> tuple:
-    """Size and layout of the output, struct Images of cpp/layer.h, whether x can be read as it is."""
+def _arrange(kernels: ctypes.CDLL, layer: _Held, operation: Operation, x: Tensor, threads: int) -> tuple:
+    """Size and layout of the output, the call as the library has arranged it, whether x can be read as it is."""
     number, _, height, width = x.shape
     size = operation.output_size(height, width)
     layout = memory_format(x)
     channels_last = layout == torch.channels_last
     images = _integers(number, height, width, *size, int(channels_last), int(operation.relu), threads)
-    return (number, operation.filters, *size), layout, images, x.is_contiguous() or channels_last
+    call = _Held(kernels.arrange(layer.address, images), kernels.release_call, layer)
+    return (number, operation.filters, *size), layout, call, x.is_contiguous() or channels_last
 
 
 def _integers(*values: int) -> ctypes.Array:

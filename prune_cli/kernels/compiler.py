@@ -132,6 +132,8 @@ def _load(path: Path) -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     loaded = ctypes.CDLL(str(path))
     loaded.prepare.argtypes, loaded.prepare.restype = [pointer] * 5, pointer
-    loaded.run.argtypes, loaded.run.restype = [pointer] * 4, None
-    loaded.release.argtypes, loaded.release.restype = [pointer], None
+    loaded.arrange.argtypes, loaded.arrange.restype = [pointer] * 2, pointer
+    loaded.run.argtypes, loaded.run.restype = [pointer] * 3, None
+    for release in (loaded.release_layer, loaded.release_call):
+        release.argtypes, release.restype = [pointer], None
     return loaded

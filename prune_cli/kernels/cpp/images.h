@@ -22,7 +22,7 @@ struct ImageTask {
                 const int64_t h = row * s.stride_h + g.position / s.kernel_w - s.padding_h;
                 const int64_t k = column * s.stride_w + g.position % s.kernel_w - s.padding_w;
                 if (h >= 0 && h < im.height && k >= 0 && k < im.width)
-                    multiply<V>(g, packed + (h * im.width + k) * pitch + c0 * V * LANES, V * LANES, w, channels, sums, y_stride);
+                    multiply<V, false>(g, packed + (h * im.width + k) * pitch + c0 * V * LANES, V * LANES, nullptr, w, channels, Sums{sums, y_stride});
                 w += channels * g.size;
             }
         }
@@ -51,8 +51,7 @@ struct ImageTask {
         }
         float* target = y + first_image * all * plane;
         auto write = [&](const float* from, int64_t stride, int64_t rows, float* to) {
-            if (im.relu) transpose<true>(from, stride, rows, images, to, all * plane);
-            else transpose<false>(from, stride, rows, images, to, all * plane);
+            transpose<true>(from, stride, rows, images, to, all * plane, im.least());
         };
         if (im.channels_last)
             for (int64_t p = 0; p < pixels; ++p)

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <vector>
 #include "vector.h"
 
@@ -20,6 +21,7 @@ struct Tuning {  // how it is computed; what is best is measured
 
 struct Images {  // one call
     int64_t number, height, width, out_height, out_width, channels_last, relu, threads;
+    vec least() const { return vec{} + (relu ? 0.f : -std::numeric_limits<float>::infinity()); }
 };
 
 // AVX-512 has 32 registers, for 24 sums; the others have 16, for 12.
@@ -31,12 +33,14 @@ static int64_t registers_of_block(int64_t block) { return block == 0 ? 1 : block
 
 struct Group {  // filters that share a kernel position
     int position, size;
-    int64_t rows[LARGEST];  // in the output tile
+    int64_t rows[LARGEST];  // of the block
+    uint32_t first, last;   // bit k: before, or behind, this group there is none with filter k
 };
 
 struct Block {  // a range of filters
     int64_t first, last;
     std::vector<Group> groups;             // by position, or by filter and position
+    std::vector<int64_t> empty;            // filters without a stripe
     std::vector<float> weights;            // [channel block][group][channel][filter of the group]
     std::vector<int64_t> of_channel_block; // where each starts
 };
@@ -48,11 +52,30 @@ struct Layer {
     std::vector<Block> blocks;
 };
 
+static void mark_ends(Block& block) {
+    const int64_t filters = block.last - block.first, none = -1;
+    std::vector<int64_t> first(filters, none), last(filters, none);
+    for (size_t i = 0; i < block.groups.size(); ++i)
+        for (int k = 0; k < block.groups[i].size; ++k) {
+            const int64_t row = block.groups[i].rows[k];
+            if (first[row] == none) first[row] = i;
+            last[row] = i;
+        }
+    for (size_t i = 0; i < block.groups.size(); ++i)
+        for (int k = 0; k < block.groups[i].size; ++k) {
+            Group& group = block.groups[i];
+            group.first |= (uint32_t)(first[group.rows[k]] == (int64_t)i) << k;
+            group.last |= (uint32_t)(last[group.rows[k]] == (int64_t)i) << k;
+        }
+    for (int64_t row = 0; row < filters; ++row)
+        if (first[row] == none) block.empty.push_back(row);
+}
+
 // Nearly equal groups: eight filters are 4 + 4, not 6 + 2.
 static void add_groups(Block& block, int position, const std::vector<int64_t>& filters, int largest) {
     const int64_t n = filters.size(), groups = (n + largest - 1) / largest;
     for (int64_t g = 0, start = 0; g < groups; ++g) {
-        Group group{position, (int)((n - start + groups - g - 1) / (groups - g)), {}};
+        Group group{position, (int)((n - start + groups - g - 1) / (groups - g)), {}, 0, 0};
         for (int k = 0; k < group.size; ++k) group.rows[k] = filters[start + k] - block.first;
         start += group.size;
         block.groups.push_back(group);
@@ -77,6 +100,7 @@ static void pack(Layer& layer, Block& block, const uint8_t* pattern, const float
     if (layer.tuning.block == BY_FILTER)
         std::stable_sort(block.groups.begin(), block.groups.end(),
                          [](const Group& a, const Group& b) { return a.rows[0] < b.rows[0]; });
+    mark_ends(block);
     for (int64_t c0 = 0; c0 < s.channels; c0 += most) {
         block.of_channel_block.push_back(block.weights.size());
         const int64_t end = std::min(s.channels, c0 + most);

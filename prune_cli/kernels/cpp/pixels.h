@@ -1,255 +1,299 @@
-// Pixels are the lanes. The output pixels of all images form one row; a tile is a part of it. The input is
-// laid beside it once per column of the kernel (and per row of the stride), shifted so that a kernel
-// position is a whole number of image rows away: registers are loaded where cache lines begin, and the
-// padding to the left and right costs nothing. Images share the rows of padding between them.
+// Pixels are the lanes. The input of a tile is laid out once: per channel one or more planes whose rows
+// follow each other without padding, so that a kernel position is an offset in a plane and one load serves
+// any column; what lies outside the image is masked when it is loaded. A stride takes a plane per phase.
 #pragma once
 #include "micro.h"
 
+static int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+static int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+struct Plane { int64_t row, column; };            // of the input, where its first pixel lies; others a stride away
+struct Position { int64_t plane, down, right; };  // of the kernel: what it reads for output pixel (0, 0)
+
+// How the images of a call are cut into tiles. A unit is one image, or several small ones, as one row of pixels.
 struct PixelGrid {
-    int64_t width, height;  // of an image, with the rows of padding that are not shared with the next one
-    int64_t rows, images;   // of a tile: some rows of one image, or all rows of several
-    int64_t tiles;          // that make up one image, or `images` of them
-    int64_t length;         // pixels of a tile, whole register blocks
-    int64_t halo;           // pixels that the last row of the kernel reads behind a tile
-    int64_t planes;         // shifted copies of the input
+    const Shape shape;
+    const Images im;
+    int64_t registers;              // of a block of pixels
+    bool shifted;                   // a plane per column of the kernel, so that whole cache lines are loaded
+    int64_t width, height, images;  // of a unit
+    std::vector<Plane> planes;
+    std::vector<Position> positions;
+    int64_t least = 0, most = 0;    // offsets of a position
+    int64_t blocks, tile;           // blocks of a unit, and of a tile
+    bool whole;                     // the pixels of an image are those of its output
+    bool direct;                    // the registers that end a sum write it to the output
+    std::vector<Mask> masks;        // [block][position][register]: lanes that lie inside the image
+    std::vector<int64_t> at;        // [register]: where its pixels lie in the output
 
-    PixelGrid(const Shape& s, const Images& im, int64_t pixels, int64_t block) {
-        const int64_t reach = (s.kernel_h - 1) / s.stride_h;
-        const int64_t shared = s.stride_h == 1 ? std::min(s.padding_h, s.kernel_h - 1) : 0;
-        width = im.out_width;
-        height = im.out_height + reach - shared;
-        images = std::clamp<int64_t>(pixels / (height * width), 1, im.number);
-        rows = images > 1 ? images * height : std::clamp<int64_t>(pixels / width, 1, im.out_height);
-        tiles = images > 1 ? 1 : (im.out_height + rows - 1) / rows;
-        length = (rows * width + block - 1) / block * block;
-        halo = (reach * width + LANES - 1) / LANES * LANES;
-        planes = s.stride_h * s.kernel_w;
+    PixelGrid(const Layer& layer, const Images& call)
+        : shape(layer.shape), im(call), registers(registers_of_block(layer.tuning.block)),
+          shifted(layer.tuning.block == BY_FILTER), width(call.out_width), height(call.out_height) {
+        for (int64_t i = 0; i < shape.kernel_h; ++i)
+            for (int64_t j = 0; j < shape.kernel_w; ++j) add_position(i - shape.padding_h, j - shape.padding_w);
+        for (const Position& p : positions) least = std::min(least, offset(p)), most = std::max(most, offset(p));
+        const int64_t plane = width * height, block = registers * LANES;
+        images = std::clamp<int64_t>(block / plane, 1, std::max<int64_t>(im.number, 1));
+        blocks = ceil_div((images - 1) * plane + im.out_height * width, block);
+        tile = ceil_div(blocks, ceil_div(blocks, std::max<int64_t>(layer.tuning.tile / block, 1)));
+        whole = width == im.out_width && height == im.out_height;
+        direct = !im.channels_last && (whole ? images == 1 || plane % LANES == 0 : images == 1 && width == im.out_width);
+        for (int64_t r = 0; r < blocks * registers; ++r)
+            at.push_back(r * LANES / plane * shape.filters * plane + r * LANES % plane);
+        find_masks();
+    }
+
+    int64_t offset(const Position& p) const { return p.down * width + p.right; }
+    int64_t units() const { return ceil_div(im.number, images); }
+    int64_t tiles() const { return ceil_div(blocks, tile); }
+
+private:
+    // The position that reads row h * stride_h + i and column w * stride_w + j.
+    void add_position(int64_t i, int64_t j) {
+        const int64_t down = floor_div(i, shape.stride_h), right = shifted ? 0 : floor_div(j, shape.stride_w);
+        const Plane plane{i - down * shape.stride_h, j - right * shape.stride_w};
+        int64_t k = 0;
+        while (k < (int64_t)planes.size() && (planes[k].row != plane.row || planes[k].column != plane.column)) ++k;
+        if (k == (int64_t)planes.size()) planes.push_back(plane);
+        positions.push_back({k, down, right});
+        if (!shifted) width = std::max(width, ceil_div(im.width - plane.column, shape.stride_w));
+        height = std::max(height, ceil_div(im.height - plane.row, shape.stride_h));
+    }
+
+    void find_masks() {
+        masks.assign(blocks * positions.size() * registers, 0);
+        for (int64_t pixel = 0; pixel < blocks * registers * LANES; ++pixel) {
+            const int64_t h = pixel / width % height * shape.stride_h - shape.padding_h;
+            const int64_t w = pixel % width * shape.stride_w - shape.padding_w;
+            Mask* mask = &masks[pixel / (registers * LANES) * positions.size() * registers + pixel / LANES % registers];
+            for (int64_t i = h; i < h + shape.kernel_h; ++i)
+                for (int64_t j = w; j < w + shape.kernel_w; ++j, mask += registers)
+                    if (i >= 0 && i < im.height && (shifted || (j >= 0 && j < im.width))) *mask |= 1u << pixel % LANES;
+        }
     }
 };
 
-// LANES pixels of a plane, or those of them that `lanes` names: they lie beside each other in the input
-// (stride_w apart) from `source` on, even where a row of the image ends. Pixels of no piece are zero.
-struct Piece {
-    int64_t at, source;  // in the plane, and in the input from its first number
-    uint32_t lanes;
-    bool first;          // of those that fill the register at `at`
-};
+// Pixels of a plane that lie beside each other, with zeros before and behind them; `to` in the planes of a
+// channel, `from` in the input.
+struct Run { int64_t to, from, pixels, before, behind; };
 
-// Adds pixels [at, at + n) whose input starts at `source` and goes on in steps of `step`.
-static void add_pixels(std::vector<Piece>& pieces, int64_t at, int64_t n, int64_t source, int64_t step) {
-    while (n > 0) {
-        const int64_t lane = at % LANES, here = std::min(n, LANES - lane), origin = source - lane * step;
-        const uint32_t lanes = ((1u << here) - 1) << lane;
-        Piece& last = pieces.back();
-        if (last.at == at - lane && (last.lanes == 0 || last.source == origin)) last.source = origin, last.lanes |= lanes;
-        else pieces.push_back({at - lane, origin, lanes, last.at != at - lane});
-        at += here, n -= here, source += here * step;
+// The input of some blocks of a unit.
+struct Tile {
+    const PixelGrid& grid;
+    int64_t first, blocks, images;   // images of the unit that exist
+    int64_t first_row, plane_size;
+    int64_t stride;                  // between channels: an odd number of cache lines, or they would share few sets
+    std::vector<Run> runs;
+
+    Tile(const PixelGrid& grid, int64_t unit, int64_t tile) : grid(grid), first(tile * grid.tile) {
+        blocks = std::min(grid.tile, grid.blocks - first);
+        images = std::min(grid.images, grid.im.number - unit * grid.images);
+        const int64_t begin = first * grid.registers * LANES, end = begin + pixels();
+        first_row = floor_div(begin + grid.least, grid.width);
+        const int64_t end_row = ceil_div(end + grid.most, grid.width);
+        plane_size = ceil_div((end_row - first_row) * grid.width, LANES) * LANES;
+        stride = (plane_size * grid.planes.size() / LANES | 1) * LANES;
+        for (int64_t p = 0; p < (int64_t)grid.planes.size(); ++p)
+            for (int64_t row = std::max<int64_t>(first_row, 0); row < std::min(end_row, images * grid.height); ++row) add_run(p, row);
     }
-}
 
-// The pieces of one plane of the tile that begins with row `first` of the first image; every register has
-// one, if only to be zero.
-static void add_plane(std::vector<Piece>& pieces, const PixelGrid& grid, const Shape& s, const Images& im,
-                      int64_t plane, int64_t first, int64_t images) {
-    const int64_t a = plane / s.kernel_w, shift = plane % s.kernel_w - s.padding_w, size = im.height * im.width;
-    // Columns whose input lies inside the image: 0 <= column * stride + shift < width.
-    const int64_t begin = shift < 0 ? (-shift + s.stride_w - 1) / s.stride_w : 0;
-    const int64_t end = im.width - shift > 0 ? std::min(grid.width, (im.width - shift - 1) / s.stride_w + 1) : 0;
-    const int64_t step = im.channels_last ? s.channels : 1, length = grid.length + grid.halo, origin = plane * length;
-    auto blank = [&](int64_t until) {
-        while (pieces.back().at + LANES < until) pieces.push_back({pieces.back().at + LANES, 0, 0, true});
-    };
-    pieces.push_back({origin, 0, 0, true});
-    for (int64_t at = 0, image = 0, r = first; at < length && image < images; at += grid.width) {
-        const int64_t h = r * s.stride_h + a - s.padding_h, last = std::min(end, length - at);
-        if (h >= 0 && h < im.height && begin < last) {
-            blank(origin + (at + begin) / LANES * LANES);
-            add_pixels(pieces, origin + at + begin, last - begin,
-                       image * s.channels * size + (h * im.width + begin * s.stride_w + shift) * step, step * s.stride_w);
-        }
-        if (++r == grid.height && grid.images > 1) r = 0, ++image;
+    int64_t pixels() const { return blocks * grid.registers * LANES; }
+    int64_t size(int64_t channels) const { return channels * stride + LANES; }
+
+    // What a position reads for the first pixel, in the planes of the first channel.
+    const float* at(const float* planes, int position) const {
+        const Position& p = grid.positions[position];
+        return planes + p.plane * plane_size + first * grid.registers * LANES + grid.offset(p) - first_row * grid.width;
     }
-    blank(origin + length);
-}
 
-static void find_pieces(std::vector<Piece>& pieces, const PixelGrid& grid, const Shape& s, const Images& im,
-                        int64_t first, int64_t images) {
-    pieces.clear();
-    for (int64_t plane = 0; plane < grid.planes; ++plane) add_plane(pieces, grid, s, im, plane, first, images);
-}
-
-// tile[channel][lane] from the lanes' pixels, `step` apart, of channels that lie beside each other.
-static void fill_lanes_transposed(const float* source, int64_t step, const Piece& piece, int64_t channels, float* tile, int64_t stride) {
-    for (int64_t c = 0; c < channels; c += LANES) {
-        const int64_t n = std::min<int64_t>(LANES, channels - c);
-        vec square[LANES];
-        for (int k = 0; k < LANES; ++k) {
-            if (!(piece.lanes >> k & 1)) square[k] = vec{};
-            else square[k] = n == LANES ? load(source + k * step + c) : load(source + k * step + c, n);
-        }
-        transpose_square(square);
-        for (int64_t j = 0; j < n; ++j) {
-            float* target = tile + (c + j) * stride;
-            store(target, piece.first ? square[j] : square[j] + load(target));
-        }
-    }
-}
-
-template <class Load>
-static inline void fill_channel(const std::vector<Piece>& pieces, const float* source, float* tile, Load load_piece) {
-    for (const Piece& piece : pieces) {
-        float* target = tile + piece.at;
-        const vec pixels = load_piece(source + piece.source, piece.lanes);
-        store(target, piece.first ? pixels : pixels + load(target));
-    }
-}
-
-// tile[channel][pixel] for channels [c0, c0 + channels).
-static void fill_tile(const std::vector<Piece>& pieces, const Shape& s, const Images& im, const float* x,
-                      int64_t c0, int64_t channels, float* tile, int64_t stride) {
-    if (im.channels_last) {
-        for (const Piece& piece : pieces)
-            fill_lanes_transposed(x + piece.source + c0, s.channels * s.stride_w, piece, channels, tile + piece.at, stride);
-        return;
-    }
-    for (int64_t c = 0; c < channels; ++c, tile += stride) {
-        const float* source = x + (c0 + c) * im.height * im.width;
-        if (s.stride_w == 1) fill_channel(pieces, source, tile, [](const float* p, uint32_t lanes) { return load_lanes(p, lanes); });
-        else if (s.stride_w == 2) fill_channel(pieces, source, tile, [](const float* p, uint32_t lanes) { return load_even_lanes(p, lanes); });
-        else fill_channel(pieces, source, tile, [&](const float* p, uint32_t lanes) {
-            vec pixels = {};
-            for (int k = 0; k < LANES; ++k)
-                if (lanes >> k & 1) pixels[k] = p[k * s.stride_w];
-            return pixels;
-        });
-    }
-}
-
-template <bool RELU>
-static void write_tile(const PixelGrid& grid, const Shape& s, const Images& im, const Block& block, const float* tile,
-                       int64_t first, int64_t images, float* y) {
-    const int64_t plane = im.out_height * im.out_width, filters = block.last - block.first;
-    const int64_t pixel = first * grid.width, n = std::min(grid.rows * grid.width, plane - pixel);
-    for (int64_t image = 0; image < images; ++image, tile += grid.height * grid.width, y += s.filters * plane) {
-        if (im.channels_last)
-            transpose<RELU>(tile, grid.length, filters, n, y + pixel * s.filters + block.first, s.filters);
+    // planes[channel][plane][pixel] of channels [c0, c0 + channels) of the unit at x.
+    void fill(const float* x, int64_t c0, int64_t channels, float* planes) const {
+        const Shape& s = grid.shape;
+        const int64_t size = grid.im.height * grid.im.width;
+        if (grid.im.channels_last)
+            for (const Run& run : runs) {
+                transpose(x + run.from + c0, s.stride_w * s.channels, run.pixels, channels, planes + run.to, stride);
+                for (int64_t c = 0; c < channels; ++c) add_zeros(run, planes + c * stride);
+            }
         else
-            for (int64_t o = 0; o < filters; ++o)
-                copy<RELU>(tile + o * grid.length, y + (block.first + o) * plane + pixel, n);
+            for (int64_t c = 0; c < channels; ++c, planes += stride)
+                for (const Run& run : runs) {
+                    add_zeros(run, planes);
+                    copy_every(x + (c0 + c) * size + run.from, s.stride_w, planes + run.to, run.pixels);
+                }
     }
+
+private:
+    void add_run(int64_t p, int64_t row) {
+        const Shape& s = grid.shape;
+        const Images& im = grid.im;
+        const Plane& plane = grid.planes[p];
+        const int64_t h = row % grid.height * s.stride_h + plane.row, step = im.channels_last ? s.channels : 1;
+        if (h < 0 || h >= im.height) return;
+        const int64_t begin = std::clamp<int64_t>(ceil_div(-plane.column, s.stride_w), 0, grid.width);
+        const int64_t end = std::clamp(ceil_div(im.width - plane.column, s.stride_w), begin, grid.width);
+        const int64_t from = row / grid.height * s.channels * im.height * im.width;
+        Run run{p * plane_size + (row - first_row) * grid.width + begin, from + (h * im.width + begin * s.stride_w + plane.column) * step,
+                end - begin, grid.shifted ? begin : 0, grid.shifted ? grid.width - end : 0};
+        if (!runs.empty() && s.stride_w == 1 && run.before == 0) {
+            Run& previous = runs.back();
+            if (previous.behind == 0 && previous.to + previous.pixels == run.to && previous.from + previous.pixels * step == run.from) {
+                previous.pixels += run.pixels, previous.behind = run.behind;
+                return;
+            }
+        }
+        runs.push_back(run);
+    }
+
+    static void add_zeros(const Run& run, float* plane) {
+        if (run.before) ::fill(plane + run.to - run.before, 0, run.before);
+        if (run.behind) ::fill(plane + run.to + run.pixels, 0, run.behind);
+    }
+};
+
+static bool all(const Mask* masks, int64_t registers) {
+    for (int64_t r = 0; r < registers; ++r)
+        if (masks[r] != ALL) return false;
+    return true;
 }
 
+// Some filters of a tile.
 struct PixelTask {
     const Layer& layer;
-    const Images& im;
-    const PixelGrid& grid;
-    const std::vector<Piece>& pieces;  // of all planes, which lie beside each other for each channel
+    const Block& block;
+    const Tile& tile;
+    const float* x;  // the unit's first image
+    float* y;        // its first filter of the block
 
-    const float* at_position(const float* planes, int position) const {
-        const Shape& s = layer.shape;
-        const int64_t i = position / s.kernel_w, j = position % s.kernel_w;
-        return planes + (i % s.stride_h * s.kernel_w + j) * (grid.length + grid.halo) + i / s.stride_h * grid.width;
+    // Sums are kept in the tile, [filter][pixel].
+    int64_t pitch() const { return (tile.pixels() / LANES | 1) * LANES; }
+
+    Sums sums_at(int64_t k, float* sums) const {
+        const PixelGrid& grid = tile.grid;
+        const int64_t size = grid.registers * LANES, plane = grid.im.out_height * grid.im.out_width;
+        return {sums + k * size, pitch(), layer.bias.data() + block.first, grid.direct ? y : nullptr, plane,
+                &grid.at[(tile.first + k) * grid.registers],
+                (grid.images == 1 ? plane : tile.images * plane) - (tile.first + k) * size, grid.im.least()};
     }
 
-    // Adds channels [c0, c0 + channels) to sums[filter][pixel], position after position.
+    // Adds channels [c0, c0 + channels), position after position.
     template <int V>
-    void add(const Block& block, const float* planes, int64_t stride, const float* weights, int64_t channels, float* sums) const {
-        for (int64_t at = 0; at < grid.length; at += V * LANES) {
+    void add(const float* planes, const float* weights, int64_t channels, bool first, bool last, float* sums) const {
+        const PixelGrid& grid = tile.grid;
+        for (int64_t k = 0; k < tile.blocks; ++k) {
             const float* w = weights;
+            const Mask* masks = &grid.masks[(tile.first + k) * grid.positions.size() * V];
+            Sums kept = sums_at(k, sums);
+            if (!first) kept.bias = nullptr;
+            if (!last) kept.y = nullptr;
             for (const Group& g : block.groups) {
-                multiply<V>(g, at_position(planes, g.position) + at, stride, w, channels, sums + at, grid.length);
+                const Mask* inside = masks + g.position * V;
+                const float* from = tile.at(planes, g.position) + k * V * LANES;
+                if (all(inside, V)) multiply<V, false>(g, from, tile.stride, inside, w, channels, kept);
+                else multiply<V, true>(g, from, tile.stride, inside, w, channels, kept);
                 w += channels * g.size;
             }
         }
     }
 
-    // The same filter after filter: each is written once, to out[filter][pixel].
-    template <int V, bool RELU>
-    void add_by_filter(const Block& block, const float* planes, int64_t stride, float* out, int64_t out_stride, int64_t pixels) const {
-        const float* w = block.weights.data();
+    // The same filter after filter: each is written once.
+    template <int V>
+    void add_by_filter(const float* planes, float* sums) const {
+        const PixelGrid& grid = tile.grid;
         const int64_t channels = layer.shape.channels;
-        auto group = block.groups.begin();
-        for (int64_t o = 0; o < block.last - block.first; ++o) {
+        const float* w = block.weights.data();
+        for (auto group = block.groups.begin(); group != block.groups.end();) {
             auto end = group;
-            while (end != block.groups.end() && end->rows[0] == o) ++end;
-            for (int64_t at = 0; at < pixels; at += V * LANES) {
+            while (end != block.groups.end() && end->rows[0] == group->rows[0]) ++end;
+            for (int64_t k = 0; k < tile.blocks; ++k) {
+                const Mask* masks = &grid.masks[(tile.first + k) * grid.positions.size() * V];
+                const Sums kept = sums_at(k, sums);
                 vec sum[V];
-                for (vec& v : sum) v = vec{} + layer.bias[block.first + o];
+                for (vec& v : sum) v = vec{} + kept.bias[group->rows[0]];
                 const float* stripe = w;
-                for (auto g = group; g != end; ++g, stripe += channels)
-                    accumulate<V>(sum, at_position(planes, g->position) + at, stride, stripe, channels);
-                if (RELU) for (vec& v : sum) v = relu(v);
-                float* target = out + o * out_stride + at;
-                for (int v = 0; v < V; ++v, target += LANES) {
-                    const int64_t left = pixels - at - v * LANES;
-                    if (left >= LANES) store(target, sum[v]);
-                    else if (left > 0) store(target, sum[v], left);
+                for (auto g = group; g != end; ++g, stripe += channels) {
+                    const Mask* inside = masks + g->position * V;
+                    const float* from = tile.at(planes, g->position) + k * V * LANES;
+                    if (all(inside, V)) accumulate<V, false>(sum, from, tile.stride, inside, stripe, channels);
+                    else accumulate<V, true>(sum, from, tile.stride, inside, stripe, channels);
                 }
+                for (int v = 0; v < V; ++v)
+                    if (kept.y) write(kept, group->rows[0], v, sum[v]);
+                    else store(kept.tile + group->rows[0] * kept.pitch + v * LANES, sum[v]);
             }
             w += (end - group) * channels;
             group = end;
         }
     }
 
-    // Rows from `first` of images that begin at x and y.
-    template <int V, bool RELU>
-    void run(const Block& block, const float* x, float* y, int64_t first, int64_t images, Scratch& scratch) const {
-        const Shape& s = layer.shape;
-        const bool by_filter = layer.tuning.block == BY_FILTER;
-        const int64_t most = by_filter ? s.channels : std::min(layer.tuning.channel_block, s.channels);
-        const int64_t filters = block.last - block.first, stride = grid.planes * (grid.length + grid.halo);
-        float* sums = scratch.of(filters * grid.length + most * stride);
-        float* planes = sums + filters * grid.length;
-        if (by_filter) {
-            fill_tile(pieces, s, im, x, 0, most, planes, stride);
-            const int64_t plane = im.out_height * im.out_width, pixel = first * grid.width;
-            if (grid.images == 1 && !im.channels_last)
-                return add_by_filter<V, RELU>(block, planes, stride, y + block.first * plane + pixel, plane,
-                                              std::min(grid.rows * grid.width, plane - pixel));
-            add_by_filter<V, RELU>(block, planes, stride, sums, grid.length, grid.length);
-            return write_tile<false>(grid, s, im, block, sums, first, images, y);
+    // Filters that no stripe is left of are their bias.
+    template <int V>
+    void add_empty(float* sums) const {
+        for (int64_t row : block.empty)
+            for (int64_t k = 0; k < tile.blocks; ++k) {
+                const Sums kept = sums_at(k, sums);
+                for (int v = 0; v < V; ++v)
+                    if (kept.y) write(kept, row, v, vec{} + kept.bias[row]);
+                    else store(kept.tile + row * kept.pitch + v * LANES, vec{} + kept.bias[row]);
+            }
+    }
+
+    // Sums that could not be written where they ended.
+    void write_tile(const float* sums) const {
+        const PixelGrid& grid = tile.grid;
+        const Images& im = grid.im;
+        const int64_t filters = block.last - block.first, plane = im.out_height * im.out_width, all = layer.shape.filters;
+        const int64_t begin = tile.first * grid.registers * LANES;
+        const int64_t piece = grid.whole ? grid.width * grid.height : grid.width, shown = grid.whole ? plane : im.out_width;
+        for (int64_t k = begin / piece; k * piece < begin + tile.pixels(); ++k) {
+            const int64_t image = k * piece / (grid.width * grid.height), h = k * piece / grid.width % grid.height;
+            if (image >= tile.images || h >= im.out_height) continue;
+            const int64_t from = std::max(begin, k * piece), until = std::min(begin + tile.pixels(), k * piece + shown);
+            if (from >= until) continue;
+            const int64_t pixel = h * im.out_width + from - k * piece;
+            if (im.channels_last)
+                transpose<true>(sums + from - begin, pitch(), filters, until - from, y + (image * plane + pixel) * all, all, im.least());
+            else
+                for (int64_t o = 0; o < filters; ++o)
+                    copy(sums + o * pitch() + from - begin, y + (image * all + o) * plane + pixel, until - from, im.least());
         }
-        for (int64_t o = 0; o < filters; ++o) fill(sums + o * grid.length, layer.bias[block.first + o], grid.length);
-        for (int64_t c0 = 0, b = 0; c0 < s.channels; c0 += most, ++b) {
-            const int64_t channels = std::min(most, s.channels - c0);
-            fill_tile(pieces, s, im, x, c0, channels, planes, stride);
-            add<V>(block, planes, stride, block.weights.data() + block.of_channel_block[b], channels, sums);
-        }
-        write_tile<RELU>(grid, s, im, block, sums, first, images, y);
     }
 
     template <int V>
-    void run(const Block& block, const float* x, float* y, int64_t first, int64_t images, Scratch& scratch) const {
-        if (im.relu) run<V, true>(block, x, y, first, images, scratch);
-        else run<V, false>(block, x, y, first, images, scratch);
+    void run(Scratch& scratch) const {
+        const Shape& s = layer.shape;
+        const bool by_filter = layer.tuning.block == BY_FILTER;
+        const int64_t most = by_filter ? s.channels : std::min(layer.tuning.channel_block, s.channels);
+        float* sums = scratch.of((block.last - block.first) * pitch() + tile.size(most));
+        float* planes = sums + (block.last - block.first) * pitch();
+        for (int64_t c0 = 0, b = 0; c0 < s.channels; c0 += most, ++b) {
+            const int64_t channels = std::min(most, s.channels - c0);
+            tile.fill(x, c0, channels, planes);
+            if (by_filter) add_by_filter<V>(planes, sums);
+            else add<V>(planes, block.weights.data() + block.of_channel_block[b], channels, c0 == 0, c0 + channels == s.channels, sums);
+        }
+        add_empty<V>(sums);
+        if (!tile.grid.direct) write_tile(sums);
     }
 };
 
-static void run_pixels(const Layer& layer, const float* x, float* y, const Images& im) {
-    const Shape& s = layer.shape;
-    const int64_t registers = registers_of_block(layer.tuning.block);
-    const PixelGrid grid(s, im, layer.tuning.tile, registers * LANES);
-    const int64_t blocks = layer.blocks.size(), groups = (im.number + grid.images - 1) / grid.images;
-    const int64_t tasks = grid.tiles * groups * blocks;
+static void run_pixels(const Layer& layer, const PixelGrid& grid, const float* x, float* y) {
+    const Images& im = grid.im;
+    const int64_t blocks = layer.blocks.size(), tiles = grid.tiles(), tasks = grid.units() * tiles * blocks;
+    const int64_t in_size = layer.shape.channels * im.height * im.width, out_size = layer.shape.filters * im.out_height * im.out_width;
 #pragma omp parallel num_threads(std::min(im.threads, tasks))
     {
         static thread_local Scratch scratch;
-        std::vector<Piece> pieces;
-        int64_t known_row = -1, known_images = 0;  // of which tile the pieces are
 #pragma omp for schedule(dynamic)
         for (int64_t k = 0; k < tasks; ++k) {
-            const int64_t row = k / (groups * blocks) * grid.rows, image = k / blocks % groups * grid.images;
-            const int64_t images = std::min(grid.images, im.number - image);
-            if (row != known_row || images != known_images)
-                find_pieces(pieces, grid, s, im, row, images);
-            known_row = row, known_images = images;
-            const PixelTask task{layer, im, grid, pieces};
-            const float* from = x + image * s.channels * im.height * im.width;
-            float* to = y + image * s.filters * im.out_height * im.out_width;
+            const int64_t unit = k / (tiles * blocks), image = unit * grid.images;
             const Block& block = layer.blocks[k % blocks];
-            if (registers == 1) task.run<1>(block, from, to, row, images, scratch);
-            else if (registers == VECTORS) task.run<VECTORS>(block, from, to, row, images, scratch);
-            else task.run<2 * VECTORS>(block, from, to, row, images, scratch);
+            const Tile tile(grid, unit, k / blocks % tiles);
+            const int64_t first = block.first * (im.channels_last ? 1 : im.out_height * im.out_width);
+            const PixelTask task{layer, block, tile, x + image * in_size, y + image * out_size + first};
+            if (grid.registers == 1) task.run<1>(scratch);
+            else if (grid.registers == VECTORS) task.run<VECTORS>(scratch);
+            else task.run<2 * VECTORS>(scratch);
         }
     }
 }

@@ -1,4 +1,5 @@
 // The stripe-wise convolution on the CPU; what Python calls. The operation is defined in reference.py.
+#include <memory>
 #include "images.h"
 #include "pixels.h"
 
@@ -15,12 +16,27 @@ void* prepare(const Shape* shape, const Tuning* tuning, const uint8_t* pattern, 
     return layer;
 }
 
-void run(const void* layer, const float* x, float* y, const Images* images) {
+// A call of the layer with images of one size.
+struct Call {
+    const Layer& layer;
+    const Images images;
+    const std::unique_ptr<const PixelGrid> grid;  // where pixels are the lanes
+};
+
+// The layer must outlive it.
+void* arrange(const void* layer, const Images* images) {
     const Layer& prepared = *static_cast<const Layer*>(layer);
-    (prepared.tuning.layout == 1 ? run_images : run_pixels)(prepared, x, y, *images);
+    return new Call{prepared, *images, std::unique_ptr<const PixelGrid>(prepared.tuning.layout == 1 ? nullptr : new PixelGrid(prepared, *images))};
 }
 
-void release(void* layer) { delete static_cast<Layer*>(layer); }
+void run(const void* call, const float* x, float* y) {
+    const Call& arranged = *static_cast<const Call*>(call);
+    if (arranged.grid) run_pixels(arranged.layer, *arranged.grid, x, y);
+    else run_images(arranged.layer, x, y, arranged.images);
+}
+
+void release_layer(void* layer) { delete static_cast<Layer*>(layer); }
+void release_call(void* call) { delete static_cast<Call*>(call); }
 
 int lanes() { return LANES; }
 }

@@ -14,31 +14,46 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Mask;  // bit k: lane k
+
+constexpr Mask ALL = (Mask)((1u << LANES) - 1);
+static inline Mask first_lanes(int64_t n) { return n >= LANES ? ALL : (Mask)((1u << n) - 1); }
 
 static inline vec load(const float* p) { vec v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
-static inline vec relu(vec v) { ivec positive = v > 0; return (vec)((ivec)v & positive); }
+static inline vec at_least(vec v, vec least) { return v < least ? least : v; }  // NaN stays NaN
 
-// The first n < LANES floats; the other lanes are zero, or left alone in memory.
+// The lanes of `mask`; the others are zero, or left alone in memory, which is not touched there.
 #if defined(__AVX512F__)
-static inline vec load(const float* p, long n) { return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
-static inline void store(float* p, vec v, long n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
+static inline vec load(const float* p, Mask mask) { return (vec)_mm512_maskz_loadu_ps(mask, p); }
+static inline void store(float* p, vec v, Mask mask) { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
 #else
-static inline vec load(const float* p, long n) { vec v = {}; for (long k = 0; k < n; ++k) v[k] = p[k]; return v; }
-static inline void store(float* p, vec v, long n) { for (long k = 0; k < n; ++k) p[k] = v[k]; }
-#endif
-
-// The lanes of `mask`, the others zero; memory outside them is not touched.
-static inline vec load_lanes(const float* p, uint32_t mask) {
-#if defined(__AVX512F__)
-    return (vec)_mm512_maskz_loadu_ps((__mmask16)mask, p);
-#else
+static inline vec load(const float* p, Mask mask) {
     vec v = {};
     for (int k = 0; k < LANES; ++k)
         if (mask >> k & 1) v[k] = p[k];
     return v;
-#endif
 }
+static inline void store(float* p, vec v, Mask mask) {
+    for (int k = 0; k < LANES; ++k)
+        if (mask >> k & 1) p[k] = v[k];
+}
+#endif
+
+// A mask as a register operand: what it names can be loaded from memory that is readable as a whole.
+#if defined(__AVX512F__)
+typedef Mask LaneMask;
+static inline LaneMask lane_mask(Mask mask) { return mask; }
+static inline vec load_readable(const float* p, LaneMask mask) { return load(p, mask); }
+#else
+typedef ivec LaneMask;
+static inline LaneMask lane_mask(Mask mask) {
+    ivec lanes;
+    for (int k = 0; k < LANES; ++k) lanes[k] = -(mask >> k & 1);
+    return lanes;
+}
+static inline vec load_readable(const float* p, LaneMask mask) { return (vec)((ivec)load(p) & mask); }
+#endif
 
 #if LANES == 16
 #define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
@@ -54,15 +69,13 @@ static inline vec load_lanes(const float* p, uint32_t mask) {
 #define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
 #endif
 
-// Every second number from p on: the lanes of `mask`, the others zero.
-static inline vec load_even_lanes(const float* p, uint32_t mask) {
-    uint32_t spread = mask & 0xffff;  // bit k moves to bit 2 k
-    spread = (spread | spread << 8) & 0x00ff00ff;
-    spread = (spread | spread << 4) & 0x0f0f0f0f;
-    spread = (spread | spread << 2) & 0x33333333;
-    spread = (spread | spread << 1) & 0x55555555;
-    const uint32_t low = (1u << LANES) - 1;
-    return EVEN(load_lanes(p, spread & low), load_lanes(p + LANES, spread >> LANES & low));
+// n <= LANES numbers that lie `step` apart; nothing behind the last is touched.
+static inline vec load_every(const float* p, int64_t step, int64_t n) {
+    if (step == 1) return load(p, first_lanes(n));
+    if (step == 2) return EVEN(load(p, first_lanes(2 * n - 1)), load(p + LANES, first_lanes(2 * n > LANES ? 2 * n - 1 - LANES : 0)));
+    vec v = {};
+    for (int64_t k = 0; k < n; ++k) v[k] = p[k * step];
+    return v;
 }
 
 // LANES registers as the rows of a square: log2(LANES) perfect shuffles transpose it.
@@ -77,44 +90,40 @@ static inline void transpose_square(vec* rows) {
     }
 }
 
-// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns.
-template <bool RELU = false>
-static void transpose(const float* from, long from_stride, long rows, long columns, float* to, long to_stride) {
-    for (long i0 = 0; i0 < rows; i0 += LANES)
-        for (long j0 = 0; j0 < columns; j0 += LANES) {
-            const long height = rows - i0 < LANES ? rows - i0 : LANES;
-            const long width = columns - j0 < LANES ? columns - j0 : LANES;
+// to[j * to_stride + i] = from[i * from_stride + j], at least `least`, for i < rows, j < columns.
+template <bool BOUNDED = false>
+static void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride, vec least = vec{}) {
+    for (int64_t i0 = 0; i0 < rows; i0 += LANES)
+        for (int64_t j0 = 0; j0 < columns; j0 += LANES) {
+            const int64_t height = rows - i0, width = columns - j0;
             const float* source = from + i0 * from_stride + j0;
             float* target = to + j0 * to_stride + i0;
             vec square[LANES];
-            if (height == LANES && width == LANES) {
-                for (int i = 0; i < LANES; ++i) square[i] = load(source + i * from_stride);
-                transpose_square(square);
-                for (int j = 0; j < LANES; ++j) store(target + j * to_stride, RELU ? relu(square[j]) : square[j]);
-                continue;
-            }
             for (int i = 0; i < LANES; ++i)
-                square[i] = i >= height ? vec{} : width == LANES ? load(source + i * from_stride) : load(source + i * from_stride, width);
+                square[i] = i >= height ? vec{} : width >= LANES ? load(source + i * from_stride) : load(source + i * from_stride, first_lanes(width));
             transpose_square(square);
-            for (int j = 0; j < width; ++j) {
-                vec v = RELU ? relu(square[j]) : square[j];
-                if (height == LANES) store(target + j * to_stride, v);
-                else store(target + j * to_stride, v, height);
+            for (int j = 0; j < LANES && j < width; ++j) {
+                const vec v = BOUNDED ? at_least(square[j], least) : square[j];
+                if (height >= LANES) store(target + j * to_stride, v);
+                else store(target + j * to_stride, v, first_lanes(height));
             }
         }
 }
 
-// Copy n floats.
-template <bool RELU = false>
-static inline void copy(const float* from, float* to, long n) {
-    long k = 0;
-    for (; k + LANES <= n; k += LANES) store(to + k, RELU ? relu(load(from + k)) : load(from + k));
-    if (k < n) store(to + k, RELU ? relu(load(from + k, n - k)) : load(from + k, n - k), n - k);
+// Copy n floats that lie `step` apart; nothing between the last of them and what follows is touched.
+static inline void copy_every(const float* from, int64_t step, float* to, int64_t n) {
+    for (; n >= LANES; n -= LANES, from += LANES * step, to += LANES) store(to, load_every(from, step, LANES));
+    if (n > 0) store(to, load_every(from, step, n), first_lanes(n));
 }
 
-static inline void fill(float* to, float value, long n) {
+// Copy n floats, at least `least`.
+static inline void copy(const float* from, float* to, int64_t n, vec least) {
+    for (; n >= LANES; n -= LANES, from += LANES, to += LANES) store(to, at_least(load(from), least));
+    if (n > 0) store(to, at_least(load(from, first_lanes(n)), least), first_lanes(n));
+}
+
+static inline void fill(float* to, float value, int64_t n) {
     const vec v = vec{} + value;
-    long k = 0;
-    for (; k + LANES <= n; k += LANES) store(to + k, v);
-    if (k < n) store(to + k, v, n - k);
+    for (; n >= LANES; n -= LANES, to += LANES) store(to, v);
+    if (n > 0) store(to, v, first_lanes(n));
 }
