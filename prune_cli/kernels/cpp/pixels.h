@@ -109,21 +109,32 @@ struct Tile {
     // planes[channel][plane][pixel] of channels [c0, c0 + channels) of the unit at x.
     void fill(const float* x, int64_t c0, int64_t channels, float* planes) const {
         const Shape& s = grid.shape;
-        const int64_t size = grid.im.height * grid.im.width;
+        if (grid.shifted)
+            for (int64_t c = 0; c < channels; ++c) add_zeros(planes + c * stride);
         if (grid.im.channels_last)
-            for (const Run& run : runs) {
+            for (const Run& run : runs)
                 transpose(x + run.from + c0, s.stride_w * s.channels, run.pixels, channels, planes + run.to, stride);
-                for (int64_t c = 0; c < channels; ++c) add_zeros(run, planes + c * stride);
-            }
-        else
-            for (int64_t c = 0; c < channels; ++c, planes += stride)
-                for (const Run& run : runs) {
-                    add_zeros(run, planes);
-                    copy_every(x + (c0 + c) * size + run.from, s.stride_w, planes + run.to, run.pixels);
-                }
+        else if (s.stride_w == 1) copy_runs<1>(x, c0, channels, planes);
+        else if (s.stride_w == 2) copy_runs<2>(x, c0, channels, planes);
+        else copy_runs<0>(x, c0, channels, planes);
     }
 
 private:
+    template <int STEP>
+    void copy_runs(const float* x, int64_t c0, int64_t channels, float* planes) const {
+        const int64_t size = grid.im.height * grid.im.width;
+        for (int64_t c = 0; c < channels; ++c)
+            for (const Run& run : runs)
+                copy_every<STEP>(x + (c0 + c) * size + run.from, grid.shape.stride_w, planes + c * stride + run.to, run.pixels);
+    }
+
+    void add_zeros(float* planes) const {
+        for (const Run& run : runs) {
+            if (run.before) ::fill(planes + run.to - run.before, 0, run.before);
+            if (run.behind) ::fill(planes + run.to + run.pixels, 0, run.behind);
+        }
+    }
+
     void add_run(int64_t p, int64_t row) {
         const Shape& s = grid.shape;
         const Images& im = grid.im;
@@ -143,11 +154,6 @@ private:
             }
         }
         runs.push_back(run);
-    }
-
-    static void add_zeros(const Run& run, float* plane) {
-        if (run.before) ::fill(plane + run.to - run.before, 0, run.before);
-        if (run.behind) ::fill(plane + run.to + run.pixels, 0, run.behind);
     }
 };
 

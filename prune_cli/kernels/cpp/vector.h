@@ -69,12 +69,13 @@ static inline vec load_readable(const float* p, LaneMask mask) { return (vec)((i
 #define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
 #endif
 
-// n <= LANES numbers that lie `step` apart; nothing behind the last is touched.
+// n numbers that lie STEP (0: `step`) apart; nothing behind the last is touched.
+template <int STEP>
 static inline vec load_every(const float* p, int64_t step, int64_t n) {
-    if (step == 1) return load(p, first_lanes(n));
-    if (step == 2) return EVEN(load(p, first_lanes(2 * n - 1)), load(p + LANES, first_lanes(2 * n > LANES ? 2 * n - 1 - LANES : 0)));
+    if (STEP == 1) return n >= LANES ? load(p) : load(p, first_lanes(n));
+    if (STEP == 2) return EVEN(2 * n > LANES ? load(p) : load(p, first_lanes(2 * n - 1)), load(p + LANES, first_lanes(2 * n > LANES ? 2 * n - 1 - LANES : 0)));
     vec v = {};
-    for (int64_t k = 0; k < n; ++k) v[k] = p[k * step];
+    for (int64_t k = 0; k < n && k < LANES; ++k) v[k] = p[k * step];
     return v;
 }
 
@@ -110,10 +111,11 @@ static void transpose(const float* from, int64_t from_stride, int64_t rows, int6
         }
 }
 
-// Copy n floats that lie `step` apart; nothing between the last of them and what follows is touched.
+// Copy n floats that lie STEP (0: `step`) apart.
+template <int STEP>
 static inline void copy_every(const float* from, int64_t step, float* to, int64_t n) {
-    for (; n >= LANES; n -= LANES, from += LANES * step, to += LANES) store(to, load_every(from, step, LANES));
-    if (n > 0) store(to, load_every(from, step, n), first_lanes(n));
+    for (; n >= LANES; n -= LANES, from += LANES * step, to += LANES) store(to, load_every<STEP>(from, step, LANES));
+    if (n > 0) store(to, load_every<STEP>(from, step, n), first_lanes(n));
 }
 
 // Copy n floats, at least `least`.
