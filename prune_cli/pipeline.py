@@ -13,6 +13,7 @@ from prune_cli import stages
 from prune_cli.environment import fingerprint, machine, versions, write_env
 from prune_cli.experiment import Experiment
 from prune_cli.journal import Journal
+from prune_cli.kernels.plan import require
 from prune_cli.metrics.latency import measure
 from prune_cli.record import Latency, LayerChange, Record, StageResult
 from prune_cli.report.stages import render
@@ -33,6 +34,7 @@ def run(experiment: Experiment, run_dir: Path, *, command: str) -> Record:
         torch.set_num_threads(runtime.threads)
     with full_disk_explained(run_dir, Path(runtime.store)), Journal(run_dir, console) as journal:
         shop = Workshop(experiment, Store(runtime.store), journal)
+        require(runtime.kernel, shop.device)
         write_env(run_dir / "env.json", device=str(shop.device))
         made = _make(shop)
         record = _record(shop, made, _latency(shop, made), command)

@@ -70,7 +70,7 @@ class FitSettings:
     gamma: Positive = 0.1
 
 
-Kernel = Literal["auto", "torch", "cpp"]  # what computes stripe convolutions when a latency is measured
+Kernel = Literal["auto", "torch", "cpp", "cupy"]  # what computes stripe convolutions when a latency is measured
 Precision = Literal["auto", "float32", "bfloat16"]
 
 

@@ -60,7 +60,7 @@ def test_a_finished_run(tmp_path, capsys):
     [
         ("", "kernel|model"), ("kernel --ratios 1.5", "at least 0 and below 1"), ("kernel --ratios x", "must be a number"),
         ("kernel --batches 0", "at least 1"), ("kernel --networks vgg", "choose from vgg16"), ("kernel --fast", "--fast"),
-        ("model", "RUN_DIR"), ("model /nowhere", "/nowhere: no such folder"), ("kernel --kernel cupy", "cupy"),
+        ("model", "RUN_DIR"), ("model /nowhere", "/nowhere: no such folder"), ("kernel --kernel cuda", "cuda"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_one_sentence(command, words):

@@ -4,7 +4,7 @@ A choice holds for one operation (its pattern included) on inputs of one shape, 
 format. It is kept in the cache under the machine's fingerprint, never in the model.
 
     dense, dense-channels_last   the dense convolution      boxes   clusters of filters, see torch_plans
-    positions                    a product per position     cpp:... the compiled kernel and its tuning
+    positions                    a product per position     cpp:..., cupy:...  the compiled kernels and their tuning
 """
 
 import json
@@ -19,12 +19,15 @@ from torch import Tensor
 
 from prune_cli.environment import fingerprint, machine
 from prune_cli.errors import UserError
-from prune_cli.kernels import torch_plans
+from prune_cli.kernels import cupy_backend, torch_plans
 from prune_cli.kernels.cache import cache_folder, write_whole
 from prune_cli.kernels.compiled import Tuning, compiled
 from prune_cli.kernels.compiler import CannotBuild, library, source_hash
+from prune_cli.kernels.cuda import layout
+from prune_cli.kernels.cuda.source import source_hash as cuda_source_hash
 from prune_cli.kernels.operation import Implementation, Operation, memory_format
-from prune_cli.timing import alternate
+from prune_cli.settings import Kernel
+from prune_cli.timing import alternate, captured
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ VERSION = 1  # raised when the candidates change
 SCREENING = 0.004  # seconds for each candidate in the first heat,
 FINAL = 0.012  # and for each that is nearly the fastest in the second
 NEARLY = 1.25
+REPEAT = 10  # runs in one CUDA graph: what is measured is the device, not the launches
 TORCH_PLANS = {
     "dense": torch_plans.dense,
     "dense-channels_last": lambda operation: torch_plans.dense(operation, channels_last=True),
@@ -45,13 +49,28 @@ def make(plan: str, operation: Operation) -> Implementation:
     backend, _, arguments = plan.partition(":")
     if backend == "cpp":
         return compiled(operation, Tuning(*map(int, arguments.split(","))))
+    if backend == "cupy":
+        warps, m_tiles, stripes, convert = map(int, arguments.split(","))
+        return cupy_backend.Layer(operation, layout.Tuning(warps, m_tiles, stripes, bool(convert)))
     return TORCH_PLANS[plan](operation)
 
 
-def choose(operation: Operation, x: Tensor, kernel: str = "auto") -> tuple[str, Implementation]:
+def require(kernel: Kernel, device: torch.device) -> None:
+    """Raises UserError when the named backend cannot compute on this device."""
+    if kernel == "cpp":
+        if device.type != "cpu":
+            raise UserError("runtime.kernel=cpp computes on the CPU; use kernel=auto or device=cpu")
+        can_compile(required=True)
+    if kernel == "cupy":
+        can_launch(required=True)
+        if device.type != "cuda":
+            raise UserError("runtime.kernel=cupy computes on a CUDA device; use kernel=auto or device=cuda")
+
+
+def choose(operation: Operation, x: Tensor, kernel: Kernel = "auto") -> tuple[str, Implementation]:
     """The fastest plan for inputs like x, with its implementation.
 
-    kernel   `torch` or `cpp` allow those backends only, `auto` all that the machine has
+    kernel   `torch`, `cpp` or `cupy` allow those backends only, `auto` all that the machine has
     """
     names = candidates(operation, x, kernel)
     if len(names) == 1:
@@ -72,27 +91,30 @@ def choose(operation: Operation, x: Tensor, kernel: str = "auto") -> tuple[str, 
 
 def measure(operation: Operation, x: Tensor, names: list[str]) -> dict[str, float]:
     """Shortest time of each plan that reached the second heat, seconds."""
-    synchronise = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
     with torch.inference_mode():
         runs = {name: _bound(make(name, operation), x) for name in names}
+        repeat, synchronise = 1, lambda: None
+        if x.is_cuda:
+            repeat, synchronise = REPEAT, torch.cuda.synchronize
+            runs = {name: captured(run, repeat) for name, run in runs.items()}
         for seconds, rounds in ((SCREENING, 3), (FINAL, 8)):
             times = {n: min(t) for n, t in alternate(runs, seconds, synchronise, rounds, warm_up=1).items()}
             fastest = min(times.values())
             runs = {name: runs[name] for name, time in times.items() if time <= NEARLY * fastest}
-    return times
+    return {name: time / repeat for name, time in times.items()}
 
 
-def candidates(operation: Operation, x: Tensor, kernel: str) -> list[str]:
+def candidates(operation: Operation, x: Tensor, kernel: Kernel) -> list[str]:
     """Names of the plans worth a measurement."""
-    on_cpu = x.device.type == "cpu"
-    if kernel == "cpp" and not on_cpu:
-        raise UserError("runtime.kernel=cpp computes on the CPU; use kernel=auto or device=cpu")
-    tuned = [f"cpp:{','.join(map(str, astuple(t)))}" for t in _tunings(operation, x)]
-    compiles = on_cpu and kernel != "torch" and can_compile(required=kernel == "cpp")
-    if kernel == "cpp":
-        return tuned
-    others = [name for name in TORCH_PLANS if name != "dense-channels_last" or memory_format(x) != torch.channels_last]
-    return [*others, *(tuned if compiles else ())]
+    require(kernel, x.device)
+    in_torch = [name for name in TORCH_PLANS if name != "dense-channels_last" or memory_format(x) != torch.channels_last]
+    if kernel == "torch":
+        return in_torch
+    if x.is_cuda:
+        tuned = _names("cupy", cupy_backend.tunings(operation, x) if can_launch() else [])
+        return tuned if kernel == "cupy" and tuned else [*in_torch, *tuned]  # no block can hold a filter of 200 stripes
+    tuned = _names("cpp", _tunings(operation, x) if can_compile() else [])
+    return tuned if kernel == "cpp" else [*in_torch, *tuned]
 
 
 @cache
@@ -106,6 +128,23 @@ def can_compile(required: bool = False) -> bool:
         log.warning("The stripe-wise convolution is computed by torch: %s", problem)
         return False
     return True
+
+
+@cache
+def can_launch(required: bool = False) -> bool:
+    """Whether the CUDA kernel can be had; said once. Raises UserError when it is required."""
+    try:
+        cupy_backend.check()
+    except CannotBuild as problem:
+        if required:
+            raise UserError(f"runtime.kernel=cupy: {problem}; kernel=auto computes without") from problem
+        log.warning("The stripe-wise convolution is computed by torch: %s", problem)
+        return False
+    return True
+
+
+def _names(backend: str, tunings: list[Tuning] | list[layout.Tuning]) -> list[str]:
+    return [f"{backend}:{','.join(str(int(number)) for number in astuple(tuning))}" for tuning in tunings]
 
 
 def _tunings(operation: Operation, x: Tensor) -> list[Tuning]:
@@ -132,8 +171,10 @@ def _fingerprint(threads: int, device: str) -> str:
 
 
 def _key(operation: Operation, x: Tensor, names: list[str]) -> str:
-    shape = f"{VERSION} {source_hash()} {operation.identity} {tuple(x.shape)} {x.dtype} {memory_format(x)} {names}"
-    return sha256(shape.encode()).hexdigest()[:24] + ".json"
+    decisive = [VERSION, source_hash(), operation.identity, tuple(x.shape), x.dtype, memory_format(x), names]
+    if x.is_cuda:
+        decisive += [cuda_source_hash(), cupy_backend.math_of(x.dtype), torch.backends.cudnn.benchmark]
+    return sha256(" ".join(map(str, decisive)).encode()).hexdigest()[:24] + ".json"
 
 
 def _bound(implementation: Implementation, x: Tensor):
