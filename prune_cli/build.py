@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prune_cli.errors import UserError
 from prune_cli.published import Table, reference
-from prune_cli.settings import Natural, Ratio, Recipe, Runtime, checked, typed
+from prune_cli.settings import Natural, Ratio, Recipe, Runtime, checked, shown, typed
 from prune_cli.targets import resolve
 
 if TYPE_CHECKING:
@@ -71,12 +71,13 @@ def build(config: Mapping[str, Any]) -> "Experiment":
 
 
 def _component(group: str, values: Mapping[str, Any]) -> Component:
+    target = "target" if "target" in values else "_target_"  # model=custom has it under a name of its own
     for key, form, words in (
         ("name", r"[\w.-]+", "letters, digits, dots and dashes, since folders are named so"),
-        ("_target_", r"\w+(\.\w+)+", "the dotted path of an importable class or function"),
+        (target, r"\w+(\.\w+)+", "the dotted path of an importable class or function, as in my_net.MyNet"),
     ):
         if not re.fullmatch(form, str(values.get(key, ""))):
-            raise UserError(f"{group}.{key}={values.get(key, '')}: must be {words}")
+            raise UserError(f"{group}.{key}={shown(values.get(key, ''))}: must be {words}")
     arguments = {key: value for key, value in values.items() if key not in ("name", "_target_")}
     return Component(str(values["name"]), values["_target_"], arguments)
 
@@ -95,6 +96,9 @@ def _model(component: Component) -> Any:
     network = resolve(component.target)
     if not callable(network):
         raise UserError(f"model._target_={component.target}: must be a class or a function")
+    where, given = "model", component.arguments
+    if "target" in given:  # the user's own: arguments in a mapping of theirs collide with no setting of ours
+        where, given = "model.arguments", checked(given.get("arguments"), dict[str, Any], "model.arguments")
     # The data set says how large the network's input and output are.
-    arguments = typed(network, component.arguments, "model", supplied=("channels", "resolution", "classes"))
+    arguments = typed(network, given, where, supplied=("channels", "resolution", "classes"))
     return ModelSpec(component.name, component.target, arguments)

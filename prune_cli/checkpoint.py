@@ -44,7 +44,7 @@ def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> N
             widths[name] = found
     header = {
         "format": FORMAT,
-        "model": asdict(spec),
+        "model": asdict(spec.without_weights()),
         "shape": {"channels": channels, "resolution": resolution, "classes": classes},
         "widths": widths,
         "stripes": stripes,
@@ -64,6 +64,8 @@ def load_model(path: Path | str) -> nn.Module:
     header, tensors = _read(Path(path))
     try:
         return _rebuilt(header, tensors).eval()
+    except UserError as problem:  # the user's own module lies elsewhere, or has changed
+        raise UserError(f"{path}: its network cannot be built: {problem}") from problem
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise UserError(f"{path}: its header and its tensors do not make a network ({reason})") from problem

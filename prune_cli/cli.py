@@ -22,7 +22,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.utils import env_override, setup_globals
 from omegaconf import OmegaConf
 
-from prune_cli.compose import CONF, Composer, first_line
+from prune_cli.compose import CONF, Composer, first_line, spelled
 from prune_cli.errors import UserError
 from prune_cli.job import INTERRUPTED, hydra_job, say
 from prune_cli.sweep import sweep
@@ -77,6 +77,8 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         return sweep(composer, arguments.overrides)
     if overrides and not (arguments.multirun or arguments.hydra_help):
         composer.compose(arguments.overrides)
+    if overrides:
+        arguments.overrides = [spelled(override) for override in overrides]
     _run_hydra(arguments, parser, hydra_job, config_path=str(CONF), config_name=config_name)
     return 0
 

@@ -25,6 +25,8 @@ from prune_cli.settings import close_names, nearest
 _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
+OPEN = "model.arguments."  # the arguments of a user's own network are settings that no file lists
+
 
 class Composer:
     """Composes the config of one job from its overrides."""
@@ -39,7 +41,7 @@ class Composer:
         for override in overrides:
             _check_form(override)
             self._check_choice(override)
-        plain = [o.input_line if of_hydra(o) else o.input_line.lstrip("+") for o in overrides]
+        plain = [spelled(o) for o in overrides]
         try:
             config = _resolved(self._load(plain))
         except UserError:
@@ -103,6 +105,13 @@ def first_line(problem: BaseException) -> str:
     message = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
     key = getattr(cause, "full_key", None)
     return f"{key}: {message}" if key else message
+
+
+def spelled(override: Override) -> str:
+    """The override as Hydra wants it: a + where the key is new, and only there."""
+    if of_hydra(override):
+        return override.input_line
+    return "++" * override.key_or_group.startswith(OPEN) + override.input_line.lstrip("+")
 
 
 def of_hydra(override: Override) -> bool:

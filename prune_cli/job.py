@@ -58,7 +58,7 @@ def run_job(config: Mapping[str, Any], overrides: Sequence[str]) -> float:
 def hydra_job(config: DictConfig) -> float:
     """What Hydra calls, in this process or in one of a launcher's."""
     hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
+    overrides = [line.removeprefix("++") for line in hydra.overrides.task]  # as the user writes them
     sweeping = hydra.mode is RunMode.MULTIRUN
     if sweeping:
         print(f"job {hydra.job.num + 1}: {command_of(overrides)}", flush=True)

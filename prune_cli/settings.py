@@ -41,6 +41,13 @@ class Bounds:
         return " and ".join(parts) or "a finite number"
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Allowed words that are known only when they are asked for, for `Annotated`."""
+
+    options: Callable[[], Collection[str]]
+
+
 Ratio = Annotated[float, Bounds(0, 1, high_open=True)]
 Fraction = Annotated[float, Bounds(0, 1)]
 Positive = Annotated[float, Bounds(0, low_open=True)]
@@ -155,22 +162,24 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         result = checked(value, arguments[0], where)
         for bound in arguments[1:]:
             if isinstance(bound, Bounds) and result is not None and not bound.admit(result):
-                raise UserError(f"{where}={_shown(value)}: must be {bound}")
+                raise UserError(f"{where}={shown(value)}: must be {bound}")
+            if isinstance(bound, Choice) and result not in (options := bound.options()):
+                raise UserError(f"{where}={shown(value)}: {nearest(result, options)}")
         return result
     if origin is Literal:
         for option in arguments:
             if type(option) is type(value) and option == value:  # True == 1 == 1.0 elsewhere
                 return option
-        raise UserError(f"{where}={_shown(value)}: {nearest(value, map(_shown, arguments))}")
+        raise UserError(f"{where}={shown(value)}: {nearest(value, map(shown, arguments))}")
     if origin in (Union, types.UnionType):
         return _checked_union(value, arguments, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}={_shown(value)}: must be a list, for example [0.5,0.75]")
+            raise UserError(f"{where}={shown(value)}: must be a list, for example [0.5,0.75]")
         return tuple(checked(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}={_shown(value)}: must be a mapping, for example {{name:0.5}}")
+            raise UserError(f"{where}={shown(value)}: must be a mapping, for example {{name:0.5}}")
         return {k: checked(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
     if inspect.isclass(hint):
         return _checked_class(value, hint, where)
@@ -200,18 +209,18 @@ def _checked_class(value: Any, kind: type, where: str) -> Any:
             return kind(**typed(kind, value, where))
         if not isinstance(value, kind):
             names = nearest("", kind.__dataclass_fields__)
-            raise UserError(f"{where}={_shown(value)}: holds several settings; {names}")
+            raise UserError(f"{where}={shown(value)}: holds several settings; {names}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1000 else math.inf  # float() of more raises
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{where}={_shown(value)}: must be {_WORDS.get(kind, kind.__name__)}")
+        raise UserError(f"{where}={shown(value)}: must be {_WORDS.get(kind, kind.__name__)}")
     if kind is float and not math.isfinite(value):
         raise UserError(f"{where}={value}: must be a finite number")
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as one writes it in YAML."""
     if value is None:
         return "null"

@@ -15,7 +15,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 
 from prune_cli.build import build
-from prune_cli.compose import Composer, of_hydra
+from prune_cli.compose import Composer, of_hydra, spelled
 from prune_cli.errors import UserError
 from prune_cli.job import Failed, command_of, hydra_job, make_run_folder, record_failure, say
 
@@ -76,7 +76,7 @@ def _launch(composer: Composer, shared: list[str], jobs: list[list[str]]) -> Seq
         task_function=hydra_job,
         config=master,
     )
-    return launcher.launch(jobs, initial_job_idx=0)
+    return launcher.launch([[spelled(composer.parse(line)) for line in job] for job in jobs], initial_job_idx=0)
 
 
 def _exit_code(result: JobReturn) -> int:

@@ -20,6 +20,7 @@ from prune_cli.settings import typed
 from prune_cli.targets import resolve
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("conf/model/*.yaml"))
+NAMED = [path for path in CONFIGS if path.stem not in ("torchvision", "custom")]  # one network each
 SHAPES = {"digits": (1, 8, 10), "mnist": (1, 28, 10), "cifar100": (3, 32, 100)}
 
 # (network, parameters, MACs in millions), measured on the authors' models at (3, 32, 32)
@@ -76,7 +77,7 @@ def build(config: Path, channels: int, resolution: int, classes: int):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", NAMED, ids=lambda path: path.stem)
 def test_runs_on_every_shape(config, shape):
     channels, resolution, classes = shape
     model = build(config, *shape).eval()

@@ -1,19 +1,23 @@
 """A network as plain data."""
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from prune_cli.targets import resolve
+from prune_cli.errors import UserError
+from prune_cli.targets import is_ours, resolve
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """An importable callable and its keyword arguments.
 
-    The callable is called as `target(channels=C, resolution=H, classes=K, **arguments)`.
+    The callable is called as `target(channels=C, resolution=H, classes=K, **arguments)`, with those of
+    the first three that it has.
     """
 
     name: str
@@ -24,7 +28,45 @@ class ModelSpec:
         """The network with fresh weights for (N, channels, resolution, resolution) inputs.
 
         It carries its input's shape (C, H, W) as `input_shape`: tracing, counting and timing need it.
+        Raises UserError: a user's own network does not read such images or has other outputs.
         """
-        model = resolve(self.target)(channels=channels, resolution=resolution, classes=classes, **self.arguments)
+        network = resolve(self.target)
+        shape = {"channels": channels, "resolution": resolution, "classes": classes}
+        taken = inspect.signature(network).parameters
+        model = network(**{name: size for name, size in shape.items() if name in taken}, **self.arguments)
+        if not is_ours(self.target):
+            self._check(model, **shape)
         model.input_shape = (channels, resolution, resolution)
         return model
+
+    def without_weights(self) -> "ModelSpec":
+        """The same network without trained weights to start from: for one whose weights come from a file."""
+        initial = getattr(resolve(self.target), "initial", ())
+        return replace(self, arguments={k: v for k, v in self.arguments.items() if k not in initial})
+
+    def _check(self, model: Any, channels: int, resolution: int, classes: int) -> None:
+        where = f"model.target={self.target}"
+        if not isinstance(model, nn.Module):
+            raise UserError(f"{where}: makes a {type(model).__name__}, must make a torch.nn.Module")
+        images = torch.zeros(2, channels, resolution, resolution)
+        training = [(module, module.training) for module in model.modules()]
+        try:
+            with torch.no_grad():
+                logits = model.eval()(images)
+        except Exception as problem:  # of the user's code, whatever it is
+            raise UserError(
+                f"{where}: does not read images of shape {tuple(images.shape)} ({_line(problem)}); a parameter "
+                "named channels or resolution is given the data set's"
+            ) from problem
+        for module, flag in training:
+            module.training = flag
+        if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise UserError(
+                f"{where}: makes {found} of two images, must be (2, {classes}), a score per class; a parameter "
+                "named classes is given their number"
+            )
+
+
+def _line(problem: BaseException) -> str:
+    return " ".join(str(problem).split())[:160] or type(problem).__name__
