@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prune_cli.errors import UserError
 from prune_cli.published import Table, reference
-from prune_cli.settings import Natural, Ratio, Recipe, Runtime, checked, shown, typed
+from prune_cli.settings import Natural, Ratio, Recipe, Runtime, Target, checked, shown, typed
 from prune_cli.targets import resolve
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class _Tree:
     recipe: Recipe
     runtime: Runtime
     ratio: Ratio
+    target: Target
     seed: Natural
     table: Table | None = None
     row: str | None = None
@@ -63,6 +64,7 @@ def build(config: Mapping[str, Any]) -> "Experiment":
         method_name=method.name,
         recipe=tree.recipe,
         ratio=tree.ratio,
+        target=tree.target,
         seed=tree.seed,
         runtime=tree.runtime,
         reference=place,

@@ -6,12 +6,12 @@ from prune_cli.datasets.dataset import Dataset
 from prune_cli.method import PruningMethod
 from prune_cli.models.spec import ModelSpec
 from prune_cli.published import Reference
-from prune_cli.settings import Recipe, Runtime
+from prune_cli.settings import Recipe, Runtime, Target
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """model x dataset x method x recipe at one ratio and seed.
+    """model x dataset x method x recipe at one ratio (of what `target` says) and seed.
 
     checkpoint  file with the weights of the dense network, which is not trained then; None trains it
     """
@@ -24,10 +24,12 @@ class Experiment:
     ratio: float
     seed: int
     runtime: Runtime
+    target: Target = "units"
     reference: Reference | None = None  # its place in a published table
     checkpoint: str | None = None
 
     @property
     def name(self) -> str:
-        """`method-model-dataset-ratio`, the folder of its runs."""
-        return f"{self.method_name}-{self.model.name}-{self.dataset.name}-{self.ratio:g}"
+        """`method-model-dataset-ratio`, the folder of its runs; a ratio of something else than units says of what."""
+        of = "" if self.target == "units" else f"-{self.target}"
+        return f"{self.method_name}-{self.model.name}-{self.dataset.name}-{self.ratio:g}{of}"

@@ -41,9 +41,12 @@ class PruningMethod(TrainingHooks, ABC):
     and what `prune` promises, which every method says of itself:
     unit      what is removed together, a key of `masks.UNIT_AXES`
     scope     `global` removes the ratio of all units, `local` of every layer's
+
+    needs_ratio  whether training itself has to know the ratio: the method then has a field `ratio`
     """
 
     unit: ClassVar[str]
+    needs_ratio: ClassVar[bool] = False
     scope: str
     start: Literal["init", "dense", None] = None
     finetune: bool = selection_field(default=False)

@@ -100,6 +100,8 @@ def _record(shop: Workshop, made: list[Made], latency: dict[str, tuple[Latency, 
         stages=tuple(_stage_result(m, latency.get(m.stage, ())) for m in made),
         machine=machine(str(shop.device)),
         versions=versions(),
+        target=experiment.target,
+        removed=pruned.get("removed"),
         layers=_layers(dense, pruned),
         reference=experiment.reference,
     )

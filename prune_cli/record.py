@@ -83,9 +83,11 @@ class LayerChange:
 class Record:
     """One run. `config`, `machine` and `versions` hold plain JSON values.
 
-    `requested` and `obtained` are fractions of what `unit` names. In a run that did not finish
-    `status` says failed or interrupted, `failure` why, and what is not known is None. `layers`
-    compares the dense network with the cut one; `reference` is the run's place in a paper's table.
+    `requested` and `obtained` are fractions of what `unit` names. `target` is what the user's ratio is a
+    fraction of: units, macs or params; of the latter two `removed` is the fraction obtained. In a run
+    that did not finish `status` says failed or interrupted, `failure` why, and what is not known is
+    None. `layers` compares the dense network with the cut one; `reference` is the run's place in a
+    paper's table.
     """
 
     name: str
@@ -104,6 +106,8 @@ class Record:
     layers: tuple[LayerChange, ...] = ()
     reference: Reference | None = None
     failure: str | None = None
+    target: str = "units"
+    removed: float | None = None
     schema: int = SCHEMA
 
     def stage(self, name: str) -> StageResult | None:

@@ -79,6 +79,7 @@ class FitSettings:
 
 Kernel = Literal["auto", "torch", "cpp", "cupy"]  # what computes stripe convolutions when a latency is measured
 Precision = Literal["auto", "float32", "bfloat16"]
+Target = Literal["units", "macs", "params"]  # what `ratio` is a fraction of
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,14 @@ class SoftPruning(PruningMethod):
     norms are left alone; that a removed channel emits no constant is the cut's doing, and the
     accuracy is that of the cut network.
 
-    ratio    fraction of filters to zero: the experiment's, which training has to know here
+    ratio    fraction of filters to zero: the experiment's, which training has to know here, or what
+             meets the experiment's target
     exclude  as for all methods; None leaves the convolutions of shortcuts whole
     """
 
     unit: ClassVar[str] = "filter"
     scope: ClassVar[str] = "local"
+    needs_ratio: ClassVar[bool] = True
     start: Literal["init", "dense"] = "init"
     ratio: Ratio
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prune_cli import surgery
+from prune_cli.budget import Budget
 from prune_cli.checkpoint import load_model, save_model
 from prune_cli.datasets.dataset import Splits
 from prune_cli.errors import UserError
@@ -30,6 +31,7 @@ from prune_cli.foreign import content_hash, fill, read_weights
 from prune_cli.hooks import Progress, TrainingHooks
 from prune_cli.journal import Journal
 from prune_cli.masks import Masks, random_like
+from prune_cli.method import PruningMethod
 from prune_cli.metrics.accuracy import accuracy
 from prune_cli.metrics.macs import count_elementwise, count_nonzero, count_parameters, layer_macs
 from prune_cli.seeding import derive, seeded
@@ -102,8 +104,9 @@ class Workshop:
         if self.rehearsed:
             return
         self.rehearsed = True
-        method = self.experiment.method
+        method = self.method
         model = method.prepare(self.untrained())
+        self.budget.check(method, model)
         if method.start is not None:
             settings = self.experiment.recipe.sparsify
             steps = settings.epochs * steps_per_epoch(len(self.splits.train), settings.batch_size)
@@ -112,6 +115,16 @@ class Workshop:
         masks = method.prune(model, self.experiment.ratio)
         model = method.compensate(model, masks)
         surgery.verify(surgery.mask(model, masks), surgery.cut(model, masks))
+
+    @cached_property
+    def budget(self) -> Budget:
+        """How much has to go."""
+        return Budget.of(self.experiment.target, self.experiment.ratio, self.untrained())
+
+    @cached_property
+    def method(self) -> PruningMethod:
+        """The experiment's method; where training needs to know the ratio, with the one that meets the target."""
+        return self.budget.for_training(self.experiment.method, self.untrained())
 
     def untrained(self) -> nn.Module:
         """The network at initialisation, the same for every method and stage of this seed."""
@@ -128,7 +141,7 @@ class Workshop:
         """What the method selects from: the sparse network with its training layers, or the dense one."""
         if made.stage != "sparse":
             return self.trained(made.artifact)
-        model = self.experiment.method.prepare(self.untrained())
+        model = self.method.prepare(self.untrained())
         model.load_state_dict(load_file(made.artifact.file("training.safetensors"), device=str(self.device)))
         return model
 
@@ -154,7 +167,7 @@ def _dense_from(shop: Workshop, checkpoint: str) -> Made:
 
 def sparsify(shop: Workshop, dense: Made) -> Made:
     """The prepared network (untrained, or the dense one), trained with the method's hooks."""
-    method = shop.experiment.method
+    method = shop.method
     from_dense = method.start == "dense"
 
     def start() -> nn.Module:
@@ -168,12 +181,15 @@ def sparsify(shop: Workshop, dense: Made) -> Made:
 
 def prune(shop: Workshop, source: Made) -> Made:
     """Select, compensate, cut, and verify that the cut network is the masked one."""
-    method, ratio = shop.experiment.method, shop.experiment.ratio
-    settings = {**shop.common, "method": {**method.training_settings(), **asdict(method)}, "ratio": ratio}
+    method, ratio, target = shop.method, shop.experiment.ratio, shop.experiment.target
+    settings = {
+        **shop.common, "method": {**method.training_settings(), **asdict(method)}, "ratio": ratio,
+        "target": None if target == "units" else target,
+    }  # fmt: skip
 
     def make(folder: Path, _: Partial) -> Mapping[str, Any]:
         model = shop.source(source)
-        masks = method.prune(model, ratio)
+        masks = shop.budget.select(method, model)
         return _cut_into(shop, folder, method.compensate(model, masks), masks)
 
     pruned = _produced(shop, "pruned", settings, make, parent=source.artifact.key)
@@ -197,7 +213,7 @@ def finetune(shop: Workshop, pruned: Made) -> Made:
     held = Masks.load(pruned.artifact.file("held.safetensors")).to(shop.device)
     return _fit_stage(
         shop, "finetuned", lambda: shop.trained(pruned.artifact), shop.experiment.recipe.finetune,
-        shop.experiment.method.constraint(held), {}, parent=pruned.artifact.key,
+        shop.method.constraint(held), {}, parent=pruned.artifact.key,
     )
 
 
@@ -231,6 +247,7 @@ def _cut_into(shop: Workshop, folder: Path, model: nn.Module, masks: Masks) -> d
     small.masks.save(folder / "held.safetensors")
     return {
         "unit": masks.unit, "requested": masks.requested, "obtained": masks.obtained, "notes": list(masks.notes),
+        "removed": None if shop.budget.dense is None else shop.budget.removed(small),
         "units": {layer: _units(keep) for layer, keep in masks.keep.items()},
         **_describe(shop, folder, small.model, small.model),
     }
@@ -285,7 +302,7 @@ def _produced(shop: Workshop, stage: str, settings: Mapping[str, Any], make: Mak
 def _picture(shop: Workshop, source: Made, pruned: Made) -> None:
     """Skeletons before and after, and how much of every layer went: in every run's folder, whether
     the stages were made now or came from the store."""
-    watched = shop.experiment.method.watch(shop.source(source))
+    watched = shop.method.watch(shop.source(source))
     keep = Masks.load(pruned.artifact.file("masks.safetensors")).keep
     shop.journal.skeletons(source.stage, {layer: t for layer, t in watched.items() if t.ndim == 3})
     shop.journal.skeletons("pruned", {layer: t for layer, t in keep.items() if t.ndim == 3})

@@ -22,7 +22,7 @@ LAYERS = [
     ["stages"],
     ["methods"],
     ["experiment"],
-    ["filters", "soft"],
+    ["filters", "soft", "budget"],
     ["trainer"],
     ["method"],
     ["prunable"],

@@ -135,3 +135,9 @@ def test_paths_are_whole_and_notes_are_not_markup():
     text = shown(RECORD, 80, {"record": path, "weights": "x"})
     assert f"record   {path}\n" in text and "weights  x\n" in text
     assert "[in 3 layers]" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("target", "named"), [("macs", "MACs"), ("params", "parameters")])
+def test_what_was_removed_of_a_target_is_said_first(target, named):
+    record = dataclasses.replace(RECORD, target=target, removed=0.4987, ratio=0.5, requested=0.3812, obtained=0.38)
+    assert sentences(record)[:2] == [f"Removed 49.87% of the {named}, requested 50.00%.", "These are 38.00% of the stripes."]

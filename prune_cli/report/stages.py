@@ -19,6 +19,7 @@ ORDER = ("dense", "sparse", "pruned", "random", "finetuned")
 LABELS = {"random": "random selection,\nsame ratio"}  # the control, not a stage of the method
 ENDINGS = {"failed": "failed", "interrupted": "was interrupted"}  # of a run, by its status
 MISSING = "–"
+TARGETS = {"macs": "MACs", "params": "parameters"}  # by the record's name
 DENSE = 0.99  # fraction of nonzero parameters from which a network is not called sparse
 
 
@@ -69,7 +70,11 @@ def sentences(record: Record) -> list[str]:
     said = []
     if record.failure:
         said.append(f"This run {ENDINGS.get(record.status, record.status)}: {record.failure}")
-    if record.obtained is not None and record.requested is not None:
+    if record.removed is not None:
+        target = TARGETS[record.target]
+        said.append(f"Removed {_percent(record.removed)}% of the {target}, requested {_percent(record.ratio)}%.")
+        said.append(f"These are {_percent(record.obtained)}% of the {record.unit}s.")
+    elif record.obtained is not None and record.requested is not None:
         said.append(
             f"Removed {_percent(record.obtained)}% of the {record.unit}s, "
             f"requested {_percent(record.requested)}%."
