@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from prune_cli.compose import CONF, Composer, first_line, spelled
 from prune_cli.errors import UserError
 from prune_cli.job import INTERRUPTED, hydra_job, say
+from prune_cli.rows import of_one_row, table_of
 from prune_cli.sweep import sweep
 
 COMMANDS = ("bench", "report")  # modules in commands/, by the first word of the command line
@@ -73,8 +74,13 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         return 0
     overrides = [] if arguments.shell_completion else [composer.parse(line) for line in arguments.overrides]
     other_sweeper = any(o.key_or_group == "hydra/sweeper" for o in overrides)
-    if arguments.multirun and not other_sweeper:
+    showing = arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion
+    table = table_of(composer, arguments.overrides) if overrides else None
+    if not (showing or other_sweeper) and (arguments.multirun or table):
         return sweep(composer, arguments.overrides)
+    if table:
+        lines = of_one_row(composer, arguments.overrides, "hydra/sweeper" if other_sweeper else "")
+        arguments.overrides, overrides = lines, [composer.parse(line) for line in lines]
     if overrides and not (arguments.multirun or arguments.hydra_help):
         composer.compose(arguments.overrides)
     if overrides:

@@ -6,7 +6,7 @@ take many lines and suggest `+key`, which is never right in this program. No tor
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,28 @@ class Composer:
         files = self.loader.repository  # the loader's own methods copy the whole search path each time
         names = [n for n in files.get_group_options("", ObjectType.GROUP) if n != "hydra"]
         names += [f"hydra/{n}" for n in files.get_group_options("hydra", ObjectType.GROUP)]
-        return {name: sorted(files.get_group_options(name, ObjectType.CONFIG)) for name in names}
+
+        def options(group: str) -> list[str]:
+            inner = files.get_group_options(group, ObjectType.GROUP)
+            nested = [f"{name}/{option}" for name in inner for option in options(f"{group}/{name}")]
+            return sorted(files.get_group_options(group, ObjectType.CONFIG)) + sorted(nested)
+
+        return {name: options(name) for name in names}
 
     def is_choice(self, override: Override) -> bool:
         """Whether the override chooses an option of a group (else it sets a value)."""
         return override.key_or_group in self.groups and not isinstance(override.value(), dict)
+
+    def chosen(self, lines: Sequence[str]) -> dict[str, Any]:
+        """The config, not resolved, that the group choices among the overrides make: options that
+        are not there, and everything else, are left out."""
+        overrides = [self.parse(line) for line in lines]
+        there = [o for o in overrides if self.is_choice(o) and o.value() in self.groups[o.key_or_group]]
+        return self._choices(tuple(o.input_line.lstrip("+") for o in there))
+
+    @cache
+    def _choices(self, lines: tuple[str, ...]) -> dict[str, Any]:
+        return OmegaConf.to_container(self._load(list(lines)), resolve=False)
 
     def _load(self, lines: list[str]) -> DictConfig:
         return self.loader.load_configuration(self.config_name, lines, run_mode=RunMode.RUN)

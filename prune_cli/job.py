@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prune_cli.build import build
 from prune_cli.errors import StageError, UserError
+from prune_cli.published import override_line, table_in
 
 RUNS = Path("outputs/runs")
 INTERRUPTED = "interrupted; the same command resumes from the last finished epoch"
@@ -58,16 +59,27 @@ def run_job(config: Mapping[str, Any], overrides: Sequence[str]) -> float:
 def hydra_job(config: DictConfig) -> float:
     """What Hydra calls, in this process or in one of a launcher's."""
     hydra = HydraConfig.get()
-    overrides = [line.removeprefix("++") for line in hydra.overrides.task]  # as the user writes them
+    plain = OmegaConf.to_container(config, resolve=True)
+    written = [line.removeprefix("++") for line in hydra.overrides.task]  # as the user writes them
+    overrides = given(written, plain)
     sweeping = hydra.mode is RunMode.MULTIRUN
     if sweeping:
         print(f"job {hydra.job.num + 1}: {command_of(overrides)}", flush=True)
     try:
-        return run_job(OmegaConf.to_container(config, resolve=True), overrides)
+        return run_job(plain, overrides)
     except Failed as failure:
         if sweeping:
             raise  # Hydra hands it to the sweeper
         raise SystemExit(failure.exit_code) from failure  # of other exceptions Hydra prints a line
+
+
+def given(overrides: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+    """The overrides without those that the job's row of a table makes itself."""
+    table, row = table_in(config), config.get("row")
+    if table is None or row is None:
+        return list(overrides)
+    made = {override_line(*item) for item in table.overrides(row, config["recipe"]["name"]).items()}
+    return [line for line in overrides if line not in made]
 
 
 def command_of(overrides: Sequence[str]) -> str:

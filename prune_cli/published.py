@@ -56,7 +56,7 @@ class Table:
 
     name      of the experiment, as on the command line
     title     what the table shows
-    source    paper and table that the numbers come from
+    source    paper and table that the numbers come from; None: a table that no paper has
     dataset   name of the data set that they were measured on
     recipe    the recipe that the table is made with; overrides of recipe.* hold under it alone
     counting  how the paper counts `macs_removed`: macs = as we do; flops = 2 MACs + 2 BN + ReLU +
@@ -68,9 +68,9 @@ class Table:
 
     name: str
     title: str
-    source: str
     dataset: str
     rows: dict[str, Row]
+    source: str | None = None
     recipe: str = "paper"
     counting: Counting = "macs"
     skeleton: bool = False
@@ -90,7 +90,7 @@ class Reference:
     row: str
     position: Count
     title: str
-    source: str
+    source: str | None
     dataset: str
     recipe: str
     counting: Counting

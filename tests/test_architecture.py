@@ -15,6 +15,7 @@ LAYERS = [
     ["cli"],
     ["commands"],
     ["sweep"],
+    ["rows"],
     ["compose"],
     ["job"],
     ["build"],

@@ -67,7 +67,7 @@ def test_sparsify_follows_pretrain_and_each_key_can_be_set(composer):
 
 
 def test_experiment_and_debug_override_the_recipe(composer):
-    config = composer.compose(["recipe=paper", "debug=default", "experiment=stripe_skeleton_only"])
+    config = composer.compose(["recipe=paper", "debug=default", "experiment=stripe/skeleton_only"])
     assert config["recipe"]["pretrain"]["epochs"] == config["recipe"]["finetune"]["epochs"] == 1
     assert config["method"]["train"] == "skeleton"
 

@@ -11,13 +11,14 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from prune_cli.commands.report import main, report
+from prune_cli.commands.report import main
 from prune_cli.errors import UserError
 from prune_cli.published import PaperNumbers, Reference
 from prune_cli.record import Latency, LayerChange, Record, StageResult, write_failure
 from prune_cli.report.collect import collect
 from prune_cli.report.counting import macs_removed, parameters_removed
 from prune_cli.report.formats import show, to_latex, to_markdown
+from prune_cli.report.present import present
 from prune_cli.report.table import tables
 
 REFERENCE = Reference("nm/lenet", "prune_50", 1, "Merging, LeNet", "README", "fmnist", "paper", "flops", False,
@@ -102,7 +103,7 @@ def test_another_data_set_or_recipe_is_in_the_title_and_compares_the_drop(tmp_pa
     run = record(accuracy=0.70, reference=REFERENCE, command="prune-cli experiment=nm/lenet row=prune_50 a.b=/x/y/z seed=0")
     config = {**run.config, "dataset": {"name": "fmnist-jpeg"}, "recipe": {"name": "short"}}
     (table,) = tables(collect([written(tmp_path, dataclasses.replace(run, config=config))]))
-    assert table.title == "Merging, LeNet (on fmnist-jpeg, not on the paper's fmnist; recipe short, not the table's; a.b=z)"
+    assert table.title == "Merging, LeNet (on fmnist-jpeg, not on the paper's fmnist; made with recipe short; a.b=z)"
     assert table.rows[0].deviation == (pytest.approx(1.4 - 19.8), "drop")
 
 
@@ -151,13 +152,13 @@ def test_the_files_of_a_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [record(s, 0.88 + s / 100, reference=REFERENCE, notes=("<b>&",)) for s in (0, 1)]
     runs += [record(ratio=0.7, method="a_b"), record(ratio=0.3, method="a_b")]
-    assert report(collect([written(tmp_path / "runs", *runs)]), tmp_path / "out") == 0
+    assert present(collect([written(tmp_path / "runs", *runs)]), tmp_path / "out")
     page = Page((tmp_path / "out/report.html").read_text())
     assert page.links == [], "the page needs nothing else"
     assert page.tags.count("section") == 2 and page.tags.count("details") == 3 and page.tags.count("figure") == 3
     text = (tmp_path / "out/report.html").read_text()
     assert "&lt;b&gt;&amp;" in text and "MACs left" in text and "latency at batch 1" in text and "method=a_b" in text
-    report(collect([tmp_path / "runs"]), tmp_path / "again")
+    present(collect([tmp_path / "runs"]), tmp_path / "again")
     for file in (tmp_path / "out").iterdir():
         assert file.read_text() == (tmp_path / "again" / file.name).read_text(), "the same records, the same report"
 

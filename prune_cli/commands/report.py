@@ -7,7 +7,6 @@
 
 import argparse
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,12 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from prune_cli.errors import UserError
-from prune_cli.report.collect import Run, collect
-from prune_cli.report.files import write
-from prune_cli.report.formats import show
-from prune_cli.report.table import tables
-
-OUTPUT = Path("outputs/reports")
+from prune_cli.report.collect import collect
+from prune_cli.report.present import OUTPUT, present
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,18 +27,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if not options.paths:
         raise UserError("report: say which runs, as in prune-cli report outputs/runs; --tables lists the experiments")
-    return report(collect(options.paths), options.output)
-
-
-def report(runs: Sequence[Run], folder: Path | None = None) -> int:
-    """Show and write the tables of these runs; 1 where one failed, else 0."""
-    found, console = tables(runs), Console()
-    for table in found:
-        show(table, console)
-    folder = folder or OUTPUT / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    for path in write(found, folder):
-        print(path)
-    return int(any(table.failed for table in found))
+    return 0 if present(collect(options.paths), options.output) else 1
 
 
 def list_tables() -> None:
@@ -52,7 +36,7 @@ def list_tables() -> None:
 
     listed = Table("experiment", "rows", "what it reproduces", box=box.SIMPLE_HEAD, pad_edge=False)
     for table in shipped_tables():
-        listed.add_row(table.name, str(len(table.rows)), f"{table.title}\n[dim]{table.source}[/dim]")
+        listed.add_row(table.name, str(len(table.rows)), f"{table.title}\n[dim]{table.source or 'no paper has it'}[/dim]")
     listed.columns[0].no_wrap = True
     listed.columns[1].justify = "right"
     Console().print(listed)

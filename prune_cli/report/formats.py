@@ -21,7 +21,9 @@ def show(table: ReportTable, console: Console) -> None:
     parts = [[c for c in table.columns if c.part == part] for part in PARTS]
     for i, columns in enumerate(_fitting(names, [part for part in parts if part], console)):
         console.print()
-        console.print(_rich(columns, None if i else table.title))
+        if i == 0:
+            console.print(Text(f"{table.title}\n", style="bold"))
+        console.print(_rich(columns))
     console.print()
     for note in table.notes:
         console.print(Text(note))
@@ -76,7 +78,7 @@ def to_latex(table: ReportTable) -> str:
 def _fitting(names: list[Column], parts: list[list[Column]], console: Console) -> list[list[Column]]:
     """The fewest tables that are narrow enough, each with the names in front."""
     def width(columns: list[Column]) -> int:
-        return Measurement.get(console, console.options.update(width=1000), _rich(columns, None)).maximum
+        return Measurement.get(console, console.options.update(width=1000), _rich(columns)).maximum
 
     found = [list(names)]
     for part in parts:
@@ -86,9 +88,8 @@ def _fitting(names: list[Column], parts: list[list[Column]], console: Console) -
     return found
 
 
-def _rich(columns: list[Column], title: str | None) -> RichTable:
+def _rich(columns: list[Column]) -> RichTable:
     table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    table.title, table.title_justify, table.title_style = title and f"{title}\n", "left", "bold"
     for column in columns:
         table.add_column(Text(column.header), justify="left" if column.name == "row" else "right", no_wrap=True)
     for cells in zip(*(column.cells for column in columns), strict=True):

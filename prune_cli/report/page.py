@@ -55,7 +55,7 @@ def to_html(tables: Sequence[ReportTable]) -> str:
 
 
 def _section(table: ReportTable) -> str:
-    drawn = "".join(f"<div>{svg}</div>" for svg in plots(table))
+    drawn = "".join(f"<div>{svg}</div>" for svg in plots(table).values())
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     details = "\n".join(_details(row) for row in table.rows)
     return (

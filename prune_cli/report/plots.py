@@ -11,15 +11,18 @@ from prune_cli.report.table import Figures, ReportTable, Row, milliseconds
 COLORS = ("#3b6fb6", "#d1682f", "#3f8f5b", "#a04b8f", "#8a6d3b", "#c23b4e", "#4d9aa6", "#6b6b6b", "#b59a2c", "#5b4fb0")
 
 
-def plots(table: ReportTable) -> list[str]:
-    """Accuracy against MACs, and against latency at every batch size that was measured."""
+def plots(table: ReportTable) -> dict[str, str]:
+    """SVG by name: accuracy against `macs`, and against latency at every batch size that was measured
+    (`latency_batch_1`)."""
     batches = sorted({t.batch for row in table.rows for r in row.records for s in r.stages for t in s.latency})
-    found = [_plot(table, "MACs left, % of the dense network", lambda row: row.over_seeds(_macs_left))]
+    found = {"macs": _plot(table, "MACs left, % of the dense network", lambda row: row.over_seeds(_macs_left))}
     for batch in batches:
-        found.append(_plot(table, f"latency at batch {batch}, ms",
-                           lambda row, batch=batch: row.over_seeds(lambda record: milliseconds(record, batch)),
-                           lambda row, batch=batch: row.over_seeds(lambda record: milliseconds(record, batch, "dense"))))
-    return [svg for svg in found if svg]  # fmt: skip
+        found[f"latency_batch_{batch}"] = _plot(
+            table, f"latency at batch {batch}, ms",
+            lambda row, batch=batch: row.over_seeds(lambda record: milliseconds(record, batch)),
+            lambda row, batch=batch: row.over_seeds(lambda record: milliseconds(record, batch, "dense")),
+        )  # fmt: skip
+    return {name: svg for name, svg in found.items() if svg}
 
 
 def _macs_left(record: Record) -> float | None:
@@ -44,7 +47,7 @@ def _plot(
     # Text stays text, and the same records give the same file.
     style = {"svg.fonttype": "none", "svg.hashsalt": "prune-cli", "font.size": 10, "font.family": "sans-serif"}
     with pyplot.rc_context({**style, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = pyplot.subplots(figsize=(6.2, 4.1), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(5.2, 3.7), layout="constrained")
         for name, color, rows in _series(points):
             x, dx = zip(*(_spread(values) for _, values in rows))
             y, dy = zip(*(_spread(row.final) for row, _ in rows))
@@ -57,7 +60,7 @@ def _plot(
         axes.grid(alpha=0.25, lw=0.6)
         axes.legend(frameon=False, fontsize=8)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        figure.savefig(text, format="svg", metadata={"Date": None})
         pyplot.close(figure)
     return text.getvalue()[text.getvalue().index("<svg") :]
 

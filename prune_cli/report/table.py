@@ -349,7 +349,7 @@ def _title(runs: Sequence[Run]) -> str:
     if (dataset := _dataset(record)) not in (reference.dataset, ""):
         said.append(f"on {dataset}, not on the paper's {reference.dataset}")
     if (recipe := _name(record, "recipe")) not in (reference.recipe, ""):
-        said.append(f"recipe {recipe}, not the table's")
+        said.append(f"made with recipe {recipe}")
     told = ("recipe=", "dataset=", "debug=")
     said += [_without_folders(word) for word in changes(record) if not word.startswith(told)]
     return reference.title + (f" ({'; '.join(said)})" if said else "")
@@ -367,7 +367,7 @@ def _notes(rows: Sequence[Row], reference: Reference | None) -> list[str]:
             seed = "" if run.record.seed is None else f", seed {run.record.seed},"
             what = ENDINGS.get(run.record.status, run.record.status)
             notes.append(f"{row.label}{seed} {what}: {run.record.failure}")
-    if reference is not None:
+    if reference is not None and reference.source:
         notes.append(f"Paper: {reference.source}.")
     deviations = {row.deviation[1] for row in rows if row.deviation}
     if "accuracy" in deviations:
