@@ -41,6 +41,18 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def gpu_state() -> str | None:
+    """Clocks, temperature and power of the GPU as they are now; None where nvidia-smi does not answer."""
+    wanted = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    sm, memory, temperature, power = answer.splitlines()[0].split(", ")
+    return f"SM {sm}, memory {memory}, {temperature} °C, {power}"
+
+
 def fingerprint(machine: Mapping[str, Any], torch_version: str | None = None) -> str:
     """Short hash of everything that a time measured on `machine` depends on.
 

@@ -21,7 +21,7 @@ from prune_cli.errors import UserError
 from prune_cli.kernels import plan
 from prune_cli.kernels.cuda import layout
 from prune_cli.kernels.cuda.layout import MATHS, Tuning
-from prune_cli.kernels.cuda.source import defines
+from prune_cli.kernels.cuda.source import defines, resources
 from prune_cli.kernels.cuda.source import kernel as cuda_kernel
 from prune_cli.kernels.cupy_backend import Layer, shaped
 from prune_cli.kernels.operation import Operation, memory_format
@@ -114,6 +114,24 @@ def test_the_kernel_computes_the_masked_convolution(on_cpu, math, tuning, layer,
     y = executed(on_cpu, operation, math, tuning, x.to(MATHS[math]).contiguous(memory_format=memory), seed)
     scale = F.conv2d(x.abs(), (weight * pattern.unsqueeze(1)).abs(), bias.abs(), stride, padding).max()
     assert y.shape == expected.shape and (y.double() - expected).abs().max() <= ERRORS[math] * scale
+
+
+@pytest.mark.parametrize(
+    ("math", "tuning", "vector", "architecture"),
+    [
+        ("float32", Tuning(8, 2, 128), True, "sm_90"), ("tf32", Tuning(8, 2, 128), False, "sm_80"),
+        ("float16", Tuning(8, 2, 128), False, "sm_90"), ("bfloat16", Tuning(4, 2, 128), True, "sm_80"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_it_compiles_for_the_gpu_and_spills_no_register(math, tuning, vector, architecture, tmp_path):
+    """The largest configurations; scripts/gpu_checks.py --compile-only does all of them."""
+    try:
+        registers, spilled = resources(math, tuning, vector, architecture, tmp_path)
+    except FileNotFoundError:
+        pytest.skip("there is no nvcc")
+    assert spilled == 0 and registers * tuning.threads <= 65536
+    print(f"{math} {tuning}: {registers} registers")
 
 
 def test_groups_hold_whole_filters_and_begin_at_fours():

@@ -27,8 +27,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.threads:
         measure.torch.set_num_threads(options.threads)
     rows = measure.kernel(options) if options.what == "kernel" else measure.model(options)
-    tables.show(rows, options.what)
-    tables.write(rows, folder)
+    tables.show(rows, options)
+    tables.write(rows, options, folder)
     return 0
 
 
@@ -42,15 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="what", required=True, metavar="kernel|model")
     kernel = commands.add_parser("kernel", help="the 3x3 layers of known networks with random patterns")
     kernel.add_argument(
-        "--networks", type=_choices("vgg16", "resnet56"), default=("vgg16", "resnet56"), metavar="NAMES",
-        help="whose layers (default: vgg16,resnet56)",
+        "--networks", type=_choices("vgg16", "resnet56", "resnet50"), default=("vgg16", "resnet56"), metavar="NAMES",
+        help="whose layers: vgg16, resnet56 or resnet50 (default: vgg16,resnet56)",
     )
     kernel.add_argument(
         "--ratios", type=_listed(_ratio), default=(0.5, 0.75, 0.9),
         metavar="R,R,...", help="fractions of the stripes that are removed (default: 0.5,0.75,0.9)",
     )
     kernel.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)"
+        "--masks", type=Path, metavar="FILE", help="also the networks' layers with the patterns of a masks.safetensors"
     )
     kernel.set_defaults(batches=(64,))
     model = commands.add_parser("model", help="a finished run: its dense network against its pruned one")
@@ -59,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in (kernel, model):
         default = ",".join(map(str, command.get_default("batches")))
         command.add_argument("--batches", type=_listed(_count), metavar="N,N,...", help=f"batch sizes (default: {default})")
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+        command.add_argument(
+            "--dtype", choices=("float32", "tf32", "bfloat16", "float16"), default="float32", help="(default: float32)"
+        )
+        command.add_argument(
+            "--memory-format", choices=("nchw", "channels_last"), metavar="FORMAT",
+            help="nchw or channels_last, of ours (default: channels_last on a GPU, else nchw)",
+        )
         command.add_argument("--seconds", type=float, default=0.3, help="for each time that is measured (default: 0.3)")
         command.add_argument("--threads", type=_count, help="CPU threads (default: torch's choice)")
         command.add_argument("--kernel", choices=get_args(Kernel), default="auto", help="backends allowed (default: auto)")

@@ -1,13 +1,15 @@
 """The measurements behind `prune-cli bench`.
 
 A layer's dense time is that of the faster memory format, each from its own layout to its own
-layout. Ours is from NCHW to NCHW, conversions included. All take turns; what counts is the
-shortest time of each, which a busy machine disturbs least.
+layout. Ours is from one memory format to the same one, conversions included. All take turns; what
+counts is the shortest time of each, which a busy machine disturbs least. On a GPU everything runs in
+CUDA graphs, and cuDNN chooses its algorithms by measurement.
 """
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +21,22 @@ from prune_cli.checkpoint import load_model
 from prune_cli.errors import UserError
 from prune_cli.inference import InferenceConv2d, for_inference
 from prune_cli.kernels.operation import Implementation, Operation
-from prune_cli.kernels.plan import choose
+from prune_cli.kernels.plan import choose, require
+from prune_cli.masks import Masks
 from prune_cli.metrics.latency import measure as measure_models
 from prune_cli.models.resnet import CifarResNet
 from prune_cli.models.vgg import VGG
-from prune_cli.timing import alternate
+from prune_cli.timing import alternate, autotuned, captured
 
 NETWORKS = {"vgg16": lambda: VGG(3, 32, 10, depth=16), "resnet56": lambda: CifarResNet(3, 32, 10, depth=56)}
+# 3x3 layers of ResNet-50 on 224x224 images, as torchvision has it: (filters, stride, input shape) -> how many.
+RESNET50 = Counter({
+    (64, 1, (64, 56, 56)): 3, (128, 2, (128, 56, 56)): 1, (128, 1, (128, 28, 28)): 3, (256, 2, (256, 28, 28)): 1,
+    (256, 1, (256, 14, 14)): 5, (512, 2, (512, 14, 14)): 1, (512, 1, (512, 7, 7)): 2,
+})  # fmt: skip
 WHOLE = "the whole network"
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+REPEAT = 10  # runs of a layer in one CUDA graph
 
 
 @dataclass(frozen=True)
@@ -63,25 +73,43 @@ class Layer:
 
 
 def kernel(options: argparse.Namespace) -> list[Row]:
-    """The distinct 3x3 layers of the networks, with random patterns at each ratio and batch size."""
-    dtype = getattr(torch, options.dtype)
-    rate = _multiply_rate(dtype)
-    rows = []
-    cases = [(n, s, c, b) for n in options.networks for s, c in _shapes(NETWORKS[n]()).items() for b in options.batches]
-    for network, (filters, stride, shape), count, batch in track(cases, "measuring", transient=True):
-        generator = torch.Generator().manual_seed(0)
-        layer = Layer(torch.randn(filters, shape[0], 3, 3, generator=generator), (stride, stride), (1, 1), shape)
-        x = torch.randn(batch, *shape, generator=generator).to(dtype)
-        operations = {}
-        for ratio in options.ratios:
-            pattern = torch.rand(filters, 3, 3, generator=generator) >= ratio
-            stripes = layer.weight.permute(2, 3, 0, 1)[pattern.permute(1, 2, 0)]
-            operations[ratio] = Operation(pattern, stripes, torch.zeros(filters), layer.stride, layer.padding)
-        name = f"{network} {shape[0]}-{filters} @ {shape[1]}" + (f" / {stride}" if stride > 1 else "")
-        for ratio, found in _compare(layer, x, operations, x, options).items():
-            dense, ours, floor, plan = found(rate)
-            rows.append(Row(name, count, batch, "random", ratio, dense, ours, floor, plan))
+    """The distinct 3x3 layers of the networks, with random patterns at each ratio and batch size, and
+    the layers of the networks with the patterns of `options.masks`."""
+    with _numbers(options) as (device, dtype):
+        rate = _multiply_rate(dtype, device)
+        rows = []
+        cases = [case for network in options.networks for case in _cases(network, options)]
+        for name, count, kind, layer, batch, patterns in track(cases, "measuring", transient=True):
+            x = torch.randn(batch, *layer.input_shape).to(device, dtype)
+            operations = {ratio: _with_stripes(layer, pattern, device) for ratio, pattern in patterns.items()}
+            for ratio, found in _compare(layer, x, operations, x, options).items():
+                dense, ours, floor, plan = found(rate)
+                rows.append(Row(name, count, batch, kind, ratio, dense, ours, floor, plan))
     return rows
+
+
+def _cases(network: str, options: argparse.Namespace) -> Iterator[tuple]:
+    """(name, how many, kind of pattern, layer, batch, ratio -> pattern)"""
+    generator = torch.Generator().manual_seed(0)
+    shapes = RESNET50 if network == "resnet50" else _shapes(NETWORKS[network]())
+    for (filters, stride, shape), count in shapes.items():
+        layer = Layer(torch.randn(filters, shape[0], 3, 3, generator=generator), (stride, stride), (1, 1), shape)
+        name = f"{network} {shape[0]}-{filters} @ {shape[1]}" + (f" / {stride}" if stride > 1 else "")
+        for batch in options.batches:
+            patterns = {r: torch.rand(filters, 3, 3, generator=generator) >= r for r in options.ratios}
+            yield name, count, "random", layer, batch, patterns
+    trained = Masks.load(options.masks) if options.masks and network in NETWORKS else None
+    layers = _layers(_sized(NETWORKS[network]())) if trained else {}
+    for name, layer in layers.items():
+        pattern = trained.keep.get(name)
+        if pattern is not None and pattern.shape == (len(layer.weight), *layer.weight.shape[2:]) and pattern.any():
+            for batch in options.batches:
+                yield f"{network} {name}", 1, "trained", layer, batch, {1 - float(pattern.float().mean()): pattern}
+
+
+def _with_stripes(layer: Layer, pattern: Tensor, device: torch.device) -> Operation:
+    stripes = layer.weight.permute(2, 3, 0, 1)[pattern.permute(1, 2, 0)]
+    return Operation(pattern, stripes, torch.zeros(len(pattern)), layer.stride, layer.padding).to(device)
 
 
 def model(options: argparse.Namespace) -> list[Row]:
@@ -93,46 +121,94 @@ def model(options: argparse.Namespace) -> list[Row]:
     operations = {name: m.operation for name, m in fast.named_modules() if isinstance(m, InferenceConv2d)}
     if not operations:
         raise UserError(f"{options.run}: no stripes are gone from this run's network; bench model is for method=stripe")
-    rate, rows = _multiply_rate(torch.float32), []
-    layers, shapes = _layers(dense), {n: tuple(x) for n, x in _input_shapes(fast).items()}
-    for batch in options.batches:
-        for name, operation in track(operations.items(), "measuring", transient=True):
-            ratio = 1 - operation.stripes.numel() / layers[name].weight.numel()
-            x, y = torch.randn(batch, *layers[name].input_shape), torch.randn(batch, *shapes[name])
-            dense_ms, ours, floor, plan = _compare(layers[name], x, {0: operation}, y, options)[0](rate)
-            rows.append(Row(name, 1, batch, "trained", ratio, dense_ms, ours, floor, plan))
-        times = measure_models(
-            {"dense": dense, "ours": small}, dense.input_shape, [batch], 10 * options.seconds, kernel=options.kernel
-        )
-        whole = 1 - sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in dense.parameters())
-        rows.append(Row(WHOLE, 1, batch, "trained", whole, times["dense"][0].median_ms, times["ours"][0].median_ms, None, "all"))
+    layers, shapes = _layers(dense), {n: tuple(x) for n, x in _input_shapes(_as_torch_computes(fast)).items()}
+    with _numbers(options) as (device, dtype):
+        rate, rows = _multiply_rate(dtype, device), []
+        for batch in options.batches:
+            for name, operation in track(operations.items(), "measuring", transient=True):
+                ratio = 1 - operation.stripes.numel() / layers[name].weight.numel()
+                x = torch.randn(batch, *layers[name].input_shape).to(device, dtype)
+                y = torch.randn(batch, *shapes[name]).to(device, dtype)
+                dense_ms, ours, floor, plan = _compare(layers[name], x, {0: operation.to(device)}, y, options)[0](rate)
+                rows.append(Row(name, 1, batch, "trained", ratio, dense_ms, ours, floor, plan))
+            times = measure_models(
+                {"dense": dense, "ours": small}, dense.input_shape, [batch], 10 * options.seconds, device,
+                options.kernel, dtype, LAYOUTS[layout_name(options)] if device.type == "cuda" else None,
+            )  # fmt: skip
+            whole = 1 - sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in dense.parameters())
+            ms = {name: found[0].median_ms for name, found in times.items()}
+            rows.append(Row(WHOLE, 1, batch, "trained", whole, ms["dense"], ms["ours"], None, "all"))
     return rows
+
+
+def _as_torch_computes(fast: nn.Module) -> nn.Module:
+    """Only the shapes of its inputs are wanted: no plan is chosen for that."""
+    for module in fast.modules():
+        if isinstance(module, InferenceConv2d):
+            module.kernel = "torch"
+    return fast
+
+
+@contextmanager
+def _numbers(options: argparse.Namespace) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """(device, type of the numbers) as the options want them. Raises UserError."""
+    there = torch.cuda.is_available()
+    if options.device == "cuda" and not there:
+        raise UserError("bench --device cuda: torch finds no CUDA device here")
+    device = torch.device("cuda" if there and options.device != "cpu" else "cpu")
+    require(options.kernel, device)
+    tf32 = options.dtype == "tf32"
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32" if tf32 else "ieee"
+        with autotuned():
+            yield device, torch.float32 if tf32 else getattr(torch, options.dtype)
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
+def layout_name(options: argparse.Namespace) -> str:
+    """The name of the memory format in which ours is measured."""
+    return options.memory_format or ("channels_last" if torch.cuda.is_available() and options.device != "cpu" else "nchw")
 
 
 def _compare(layer: Layer, x_dense: Tensor, operations: dict[float, Operation], x: Tensor, options: argparse.Namespace):
     """By ratio: a function of the machine's rate of multiply-adds to (dense ms, ours ms, floor ms, plan)."""
+    x = x.contiguous(memory_format=LAYOUTS[layout_name(options)])
     with torch.inference_mode():
         plans: dict[float, tuple[str, Implementation]] = {r: choose(o, x, options.kernel) for r, o in operations.items()}
         runs = {}
-        for layout in (torch.contiguous_format, torch.channels_last):
-            weight = layer.weight.to(x.dtype).contiguous(memory_format=layout)
+        for layout in LAYOUTS.values():
+            weight = layer.weight.to(x.device, x.dtype).contiguous(memory_format=layout)
             inside = x_dense.contiguous(memory_format=layout)
-            bias = torch.zeros(len(weight), dtype=x.dtype)
+            bias = torch.zeros(len(weight), dtype=x.dtype, device=x.device)
             runs[layout] = lambda i=inside, w=weight, b=bias: F.conv2d(i, w, b, layer.stride, layer.padding)
         for ratio, (_, implementation) in plans.items():
             runs[ratio] = lambda implementation=implementation: implementation(x)
         outputs = {ratio: runs[ratio]().numel() for ratio in plans}
-        moved = {ratio: torch.empty((x.numel() + outputs[ratio]) // 2, dtype=x.dtype) for ratio in plans}
+        moved = {r: torch.empty((x.numel() + outputs[r]) // 2, dtype=x.dtype, device=x.device) for r in plans}
         for ratio, source in moved.items():
             runs["copy", ratio] = lambda source=source, target=torch.empty_like(source): target.copy_(source)
-        ms = {name: 1e3 * min(times) for name, times in alternate(runs, options.seconds).items()}
+        ms = _shortest_ms(runs, options.seconds, x.device)
     dense = min(ms[torch.contiguous_format], ms[torch.channels_last])
 
     def result(ratio: float):
-        macs = len(x) * _needed_macs(operations[ratio], x.shape[2:])
+        macs = len(x) * _needed_macs(operations[ratio].to(torch.device("cpu")), x.shape[2:])
         return lambda rate: (dense, ms[ratio], max(1e3 * macs / rate, ms["copy", ratio]), plans[ratio][0])
 
     return {ratio: result(ratio) for ratio in operations}
+
+
+def _shortest_ms(runs: Mapping, seconds: float, device: torch.device) -> dict:
+    """Shortest time of a run, milliseconds."""
+    if device.type == "cpu":
+        return {name: 1e3 * min(times) for name, times in alternate(runs, seconds).items()}
+    graphs: dict[object, Callable[[], None]] = {name: captured(run, REPEAT) for name, run in runs.items()}
+    times = alternate(graphs, seconds, torch.cuda.synchronize)
+    return {name: 1e3 * min(found) / REPEAT for name, found in times.items()}
 
 
 def _needed_macs(operation: Operation, size: tuple[int, int]) -> int:
@@ -141,17 +217,22 @@ def _needed_macs(operation: Operation, size: tuple[int, int]) -> int:
     return int(operation.channels * (operation.pattern.flatten(1).sum(0) * inside).sum())
 
 
-def _multiply_rate(dtype: torch.dtype, size: int = 1024) -> float:
+def _multiply_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Multiply-adds per second of a large matrix product."""
-    a, b = torch.randn(2, size, size).to(dtype).unbind()
-    return size**3 / min(alternate({"product": lambda: a @ b}, 0.3)["product"])
+    size = 1024 if device.type == "cpu" else 8192 if dtype.itemsize == 2 else 4096
+    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
+    return size**3 / (1e-3 * _shortest_ms({"product": lambda: a @ b}, 0.3, device)["product"])
 
 
 def _shapes(network: nn.Module) -> Counter[tuple[int, int, tuple[int, int, int]]]:
     """How often the network has a 3x3 layer of (filters, stride, input shape)."""
-    network.input_shape = (3, 32, 32)
-    layers = _layers(network).values()
+    layers = _layers(_sized(network)).values()
     return Counter((len(l.weight), l.stride[0], l.input_shape) for l in layers if l.weight.shape[2:] == (3, 3))
+
+
+def _sized(network: nn.Module) -> nn.Module:
+    network.input_shape = (3, 32, 32)
+    return network
 
 
 def _layers(network: nn.Module) -> dict[str, Layer]:

@@ -1,5 +1,6 @@
 """What `prune-cli bench` shows and leaves behind: a table, its summary, a CSV file and a plot."""
 
+import argparse
 import csv
 from dataclasses import asdict
 from pathlib import Path
@@ -10,16 +11,16 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from prune_cli.commands.measure import WHOLE, Row, speedups
-from prune_cli.environment import machine, versions, write_env
+from prune_cli.commands.measure import WHOLE, Row, layout_name, speedups
+from prune_cli.environment import gpu_state, machine, versions, write_env
 
 HEADER = ("layer", "count", "batch", "pattern", "ratio", "dense ms", "ours ms", "speedup", "floor ms", "plan")
 
 
-def show(rows: list[Row], what: str) -> None:
+def show(rows: list[Row], options: argparse.Namespace) -> None:
     """Print the table and what it comes to."""
     console = Console()
-    table = Table(*HEADER, box=box.SIMPLE_HEAD, pad_edge=False, title=f"bench {what}", title_justify="left")
+    table = Table(*HEADER, box=box.SIMPLE_HEAD, pad_edge=False, title=f"bench {options.what}", title_justify="left")
     for column in table.columns:
         column.no_wrap = True
     for column in table.columns[4:9]:
@@ -28,11 +29,11 @@ def show(rows: list[Row], what: str) -> None:
         table.add_row(*_cells(row), style="bold" if row.layer == WHOLE else None)
     console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
     console.print(table)
-    for sentence in summary(rows):
+    for sentence in summary(rows, options):
         print(sentence)
 
 
-def summary(rows: list[Row]) -> list[str]:
+def summary(rows: list[Row], options: argparse.Namespace) -> list[str]:
     """Geometric means with and without the dense plans, their share, and where it was measured."""
     said = []
     for batch, ratio, found in speedups(rows):
@@ -45,13 +46,15 @@ def summary(rows: list[Row]) -> list[str]:
             f"dense plans {1 - len(sparse) / len(found):.0%}; slowest layer {min(row.speedup for row in found):.2f}x"
         )
     here, made = machine(), versions()
-    said.append(f"{here['cpu']}, {here['threads']} threads, torch {made['torch']}. Shortest times of runs that take turns;")
-    said.append("dense: the faster memory format; ours: NCHW to NCHW. Floor: arithmetic at the rate of a matrix")
-    said.append("product, or one copy of input and output, whichever takes longer.")
+    on_gpu = here["gpu"] and options.device != "cpu"
+    where = f"{here['gpu']} ({gpu_state()}), CUDA graphs" if on_gpu else f"{here['cpu']}, {here['threads']} threads"
+    said.append(f"{options.dtype}, {where}, torch {made['torch']}. Shortest times of runs that take turns;")
+    said.append(f"dense: the faster memory format; ours: {layout_name(options)} to {layout_name(options)}. Floor: arithmetic")
+    said.append("at the rate of a matrix product, or one copy of input and output, whichever takes longer.")
     return said
 
 
-def write(rows: list[Row], folder: Path) -> None:
+def write(rows: list[Row], options: argparse.Namespace, folder: Path) -> None:
     """table.csv, speedup.png and env.json in `folder`, and say so."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
@@ -59,7 +62,8 @@ def write(rows: list[Row], folder: Path) -> None:
         writer.writeheader()
         writer.writerows({**asdict(row), "speedup": row.speedup} for row in rows)
     plot(rows, folder / "speedup.png")
-    write_env(folder / "env.json")
+    on_gpu = options.device != "cpu" and machine()["gpu"]
+    write_env(folder / "env.json", "cuda" if on_gpu else "cpu")
     print(folder / "table.csv", folder / "speedup.png", sep="\n")
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from prune_cli.inference import for_inference
 from prune_cli.metrics.accuracy import memory_format
 from prune_cli.record import Latency
-from prune_cli.timing import alternate
+from prune_cli.settings import Kernel
+from prune_cli.timing import alternate, autotuned, captured
 
 
 def measure(
@@ -20,14 +21,17 @@ def measure(
     batches: Sequence[int] = (1, 128),
     seconds: float = 1.0,
     device: torch.device | str = "cpu",
-    kernel: str = "auto",
+    kernel: Kernel = "auto",
+    dtype: torch.dtype = torch.float32,
+    layout: torch.memory_format | None = None,
 ) -> dict[str, tuple[Latency, ...]]:
     """Latency of each model at each batch size, by the names of `models`.
 
-    Float32 in evaluation mode on `device`, for inputs (batch, C, H, W) with `input_shape` =
-    (C, H, W), in the memory format of the model's weights. The models take turns, so that a drift
-    of the machine's speed hits all of them alike, until about `seconds` per model and batch size
-    are spent. Works on copies made for inference (see `for_inference`, which `kernel` is for): the
+    Evaluation mode on `device`, for inputs (batch, C, H, W) with `input_shape` = (C, H, W), in the
+    memory format `layout` or else that of the model's weights. The models take turns, so that a
+    drift of the machine's speed hits all of them alike, until about `seconds` per model and batch
+    size are spent. On a CUDA device a run is the replay of a CUDA graph, its algorithms chosen by
+    measurement. Works on copies made for inference (see `for_inference`, which `kernel` is for): the
     models stay as they are.
     """
     device = torch.device(device)
@@ -35,23 +39,22 @@ def measure(
         name: copy.deepcopy(model).to(device=device, dtype=torch.float32).eval()
         for name, model in models.items()
     }
-    prepared = {name: for_inference(model, kernel) for name, model in copies.items()}
+    layouts = {name: layout or memory_format(model) for name, model in copies.items()}
+    prepared = {
+        name: for_inference(model, kernel).to(dtype=dtype, memory_format=layouts[name]) for name, model in copies.items()
+    }
     results: dict[str, list[Latency]] = {name: [] for name in models}
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False), autotuned():
         for batch in batches:
-            x_nchw = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-            inputs = {
-                name: x_nchw.to(device).contiguous(memory_format=memory_format(model)) for name, model in copies.items()
-            }
+            x_nchw = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+            inputs = {name: x_nchw.contiguous(memory_format=layouts[name]) for name in copies}
             runs = {name: partial(prepared[name], inputs[name]) for name in prepared}
-            for name, times in alternate(runs, seconds, partial(_synchronise, device)).items():
+            synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+            if device.type == "cuda":
+                runs = {name: captured(run, repeat=1) for name, run in runs.items()}
+            for name, times in alternate(runs, seconds, synchronise).items():
                 results[name].append(_summary(batch, times))
     return {name: tuple(latencies) for name, latencies in results.items()}
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _summary(batch: int, times: Sequence[float]) -> Latency:

@@ -1,5 +1,7 @@
 """The text of the CUDA kernel and the macros of one configuration of it."""
 
+import re
+import subprocess
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -32,3 +34,16 @@ def defines(math: str, tuning: Tuning, vector: bool) -> list[str]:
         "STRIPES": tuning.stripes, "VECTOR": int(vector),
     }  # fmt: skip
     return [f"-D{name}={value}" for name, value in macros.items()]
+
+
+def resources(math: str, tuning: Tuning, vector: bool, architecture: str, folder: Path) -> tuple[int, int]:
+    """(registers per thread, spilled bytes) as nvcc reports them for one configuration; works in `folder`.
+
+    Raises FileNotFoundError where there is no nvcc, CalledProcessError where it refuses the source.
+    """
+    path = Path(folder) / "kernel.cu"
+    path.write_text(source())
+    command = ["nvcc", f"-arch={architecture}", "-std=c++17", *defines(math, tuning, vector), "-Xptxas=-v", "-cubin"]
+    done = subprocess.run([*command, "-o", f"{path}.cubin", path], capture_output=True, text=True, check=True)
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
+    return int(re.search(r"Used (\d+) registers", done.stderr)[1]), spilled
