@@ -125,7 +125,7 @@ def test_the_kernel_computes_the_masked_convolution(on_cpu, math, tuning, layer,
     ids=str,
 )  # fmt: skip
 def test_it_compiles_for_the_gpu_and_spills_no_register(math, tuning, vector, architecture, tmp_path):
-    """The largest configurations; scripts/gpu_checks.py --compile-only does all of them."""
+    """The largest configurations; scripts/gpu_checks.py compiles all of them."""
     try:
         registers, spilled = resources(math, tuning, vector, architecture, tmp_path)
     except FileNotFoundError:

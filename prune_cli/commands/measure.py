@@ -75,7 +75,7 @@ class Layer:
 def kernel(options: argparse.Namespace) -> list[Row]:
     """The distinct 3x3 layers of the networks, with random patterns at each ratio and batch size, and
     the layers of the networks with the patterns of `options.masks`."""
-    with _numbers(options) as (device, dtype):
+    with numbers(options) as (device, dtype):
         rate = _multiply_rate(dtype, device)
         rows = []
         cases = [case for network in options.networks for case in _cases(network, options)]
@@ -122,7 +122,7 @@ def model(options: argparse.Namespace) -> list[Row]:
     if not operations:
         raise UserError(f"{options.run}: no stripes are gone from this run's network; bench model is for method=stripe")
     layers, shapes = _layers(dense), {n: tuple(x) for n, x in _input_shapes(_as_torch_computes(fast)).items()}
-    with _numbers(options) as (device, dtype):
+    with numbers(options) as (device, dtype):
         rate, rows = _multiply_rate(dtype, device), []
         for batch in options.batches:
             for name, operation in track(operations.items(), "measuring", transient=True):
@@ -150,7 +150,7 @@ def _as_torch_computes(fast: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _numbers(options: argparse.Namespace) -> Iterator[tuple[torch.device, torch.dtype]]:
+def numbers(options: argparse.Namespace) -> Iterator[tuple[torch.device, torch.dtype]]:
     """(device, type of the numbers) as the options want them. Raises UserError."""
     there = torch.cuda.is_available()
     if options.device == "cuda" and not there:

@@ -90,7 +90,7 @@ class Layer:
             on_device = {name: getattr(host, name).to(x.device) for name in ("weights", "bias", "tables")}
             packed = self._packed[math] = replace(host, **on_device)
         layout, vector, geometry = shaped(self.operation, packed, self.tuning, x)
-        kernel = _compiled(tuple(defines(math, self.tuning, vector)), x.device.index)
+        kernel = compiled(tuple(defines(math, self.tuning, vector)), x.device.index)
         addresses = (packed.weights.data_ptr(), packed.bias.data_ptr(), packed.tables.data_ptr())
         numbers = map(numpy.int32, geometry.arguments)
         return Call(
@@ -138,7 +138,7 @@ def check() -> None:
     """Raises CannotBuild where the kernel cannot run; compiles it once to know."""
     if not torch.cuda.is_available():
         raise CannotBuild("torch finds no CUDA device")
-    _compiled(tuple(defines("float32", SMALL[-1], vector=True)), torch.cuda.current_device())
+    compiled(tuple(defines("float32", SMALL[-1], vector=True)), torch.cuda.current_device())
 
 
 @cache
@@ -152,7 +152,7 @@ def _cupy() -> Any:
 
 
 @cache
-def _compiled(options: tuple[str, ...], device: int) -> Any:
+def compiled(options: tuple[str, ...], device: int) -> Any:
     """The kernel of one configuration, allowed all the shared memory that a block can have."""
     cupy = _cupy()
     try:
