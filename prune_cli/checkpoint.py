@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prune_cli.errors import UserError
+from prune_cli.errors import UserError, one_line
 from prune_cli.layers.gathered import GatheredConv2d
 from prune_cli.layers.scatter import ScatterChannels, scattered
 from prune_cli.layers.select import SelectChannels, selected
@@ -67,8 +67,7 @@ def load_model(path: Path | str) -> nn.Module:
     except UserError as problem:  # the user's own module lies elsewhere, or has changed
         raise UserError(f"{path}: its network cannot be built: {problem}") from problem
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise UserError(f"{path}: its header and its tensors do not make a network ({reason})") from problem
+        raise UserError(f"{path}: its header and its tensors do not make a network ({one_line(problem)})") from problem
 
 
 def file_bytes(path: Path) -> int:

@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class StageError(Exception):
     """A stage started and could not end well: NaN, collapse, a full disk. Exit code 1."""
+
+
+def one_line(problem: BaseException, length: int = 160) -> str:
+    """What an exception of others says, as part of a sentence."""
+    return " ".join(str(problem).split())[:length] or type(problem).__name__

@@ -151,7 +151,10 @@ def _hints(target: Callable) -> dict[str, Any]:
     class knows how to read an annotation written as text."""
     if inspect.isclass(target) and not is_dataclass(target):
         target = target.__init__
-    return get_type_hints(target, include_extras=True)
+    try:
+        return get_type_hints(target, include_extras=True)
+    except NameError:  # a user's annotation that only a type checker can read
+        return {}
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:

@@ -1,5 +1,6 @@
 """A network of the user's own, from the current directory, with its own arguments."""
 
+import json
 import os
 import subprocess
 import sys
@@ -41,12 +42,15 @@ def test_the_worked_example_of_the_readme_runs_and_comes_back(my_net):
 
 
 def test_a_sweep_over_its_arguments(my_net):
+    """Without data, so that each job ends as soon as it has begun, with its settings on record."""
     done = process(
-        my_net, "-m", "prune_cli", "-m", "model=custom", "model.target=my_net.MyNet", "model.arguments.width=2,3", "method=fp",
-        "debug=default", "runtime.latency_seconds=0", f"runtime.store={my_net}/store",
+        my_net, "-m", "prune_cli", "-m", "model=custom", "model.target=my_net.MyNet", "model.arguments.width=2,3",
+        "method=fp", "dataset=folder", f"dataset.path={my_net}/none", f"runtime.store={my_net}/store",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2, done.stderr
     assert "model.arguments.width=3" in done.stdout and "+model" not in done.stdout
+    records = [json.loads(path.read_text()) for path in my_net.rglob("record.json")]
+    assert sorted(record["config"]["model"]["arguments"]["width"] for record in records) == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -106,8 +110,9 @@ FIXED = """
 """
 
 
-def test_a_network_of_fixed_size_has_to_fit(my_net):
+def test_a_network_of_fixed_size_has_to_fit(my_net, compose):
     (my_net / "fixed.py").write_text(textwrap.dedent(FIXED))
+    assert build(compose("model=custom", "model.target=fixed.Pairs")).model.arguments == {}  # nobody reads its annotation
     model = ModelSpec("fixed", "fixed.fixed", {"width": 5}).build(1, 8, 10)
     assert model.training and model(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
     for target, shape, sentence in (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune_cli.errors import UserError
+from prune_cli.errors import UserError, one_line
 from prune_cli.targets import is_ours, resolve
 
 
@@ -55,7 +55,7 @@ class ModelSpec:
                 logits = model.eval()(images)
         except Exception as problem:  # of the user's code, whatever it is
             raise UserError(
-                f"{where}: does not read images of shape {tuple(images.shape)} ({_line(problem)}); a parameter "
+                f"{where}: does not read images of shape {tuple(images.shape)} ({one_line(problem)}); a parameter "
                 "named channels or resolution is given the data set's"
             ) from problem
         for module, flag in training:
@@ -66,7 +66,3 @@ class ModelSpec:
                 f"{where}: makes {found} of two images, must be (2, {classes}), a score per class; a parameter "
                 "named classes is given their number"
             )
-
-
-def _line(problem: BaseException) -> str:
-    return " ".join(str(problem).split())[:160] or type(problem).__name__

@@ -1,13 +1,12 @@
 """The classification models of torchvision, made to fit a data set."""
 
-import re
 from collections.abc import Collection
 from typing import Annotated
 
 import torch
 from torch import nn
 
-from prune_cli.errors import UserError
+from prune_cli.errors import UserError, one_line
 from prune_cli.settings import Choice, Count, nearest
 from prune_cli.vision import torchvision
 
@@ -105,5 +104,5 @@ def _refusal(model: nn.Module, channels: int, resolution: int) -> str | None:
         with torch.no_grad():
             model(torch.zeros(2, channels, resolution, resolution, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as problem:
-        return re.sub(r"\s+", " ", str(problem))[:120] or type(problem).__name__
+        return one_line(problem)
     return None
