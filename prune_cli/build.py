@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prune_cli.errors import UserError
 from prune_cli.published import Table, reference
-from prune_cli.settings import Natural, Ratio, Recipe, Runtime, Target, checked, shown, typed
+from prune_cli.settings import Count, Natural, Ratio, Recipe, Runtime, Target, checked, shown, typed
 from prune_cli.targets import resolve
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class _Tree:
     ratio: Ratio
     target: Target
     seed: Natural
+    rounds: Count = 1
+    base: str | None = None
     table: Table | None = None
     row: str | None = None
 
@@ -69,6 +71,8 @@ def build(config: Mapping[str, Any]) -> "Experiment":
         runtime=tree.runtime,
         reference=place,
         checkpoint=checkpoint,
+        rounds=tree.rounds,
+        base=tree.base,
     )
 
 

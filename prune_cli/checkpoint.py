@@ -70,6 +70,11 @@ def load_model(path: Path | str) -> nn.Module:
         raise UserError(f"{path}: its header and its tensors do not make a network ({one_line(problem)})") from problem
 
 
+def describe(path: Path | str) -> dict:
+    """The header of the file: `model`, `shape`, and what surgery changed. Raises UserError as `load_model`."""
+    return _read(Path(path))[0]
+
+
 def file_bytes(path: Path) -> int:
     """Size of the file."""
     return path.stat().st_size

@@ -14,6 +14,8 @@ class Experiment:
     """model x dataset x method x recipe at one ratio (of what `target` says) and seed.
 
     checkpoint  file with the weights of the dense network, which is not trained then; None trains it
+    rounds  how often sparsify, prune and finetune are repeated; `ratio` is removed by all together
+    base    run folder or checkpoint whose network is pruned further, None = the dense network
     """
 
     model: ModelSpec
@@ -27,6 +29,13 @@ class Experiment:
     target: Target = "units"
     reference: Reference | None = None  # its place in a published table
     checkpoint: str | None = None
+    rounds: int = 1
+    base: str | None = None
+
+    @property
+    def round_ratio(self) -> float:
+        """The fraction of what is left that each round removes: 1 - (1 - r)^rounds = ratio."""
+        return self.ratio if self.rounds == 1 else 1 - (1 - self.ratio) ** (1 / self.rounds)
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ A run is  pretrain: fit(network, no hooks)
           sparsify: fit(prepare(network), method)         where `start` is not None
           prune:    masks = prune(network, ratio); cut(compensate(network, masks), masks)
           finetune: fit(cut network, constraint(masks))   where `finetune` is true
+once or in rounds, each of which goes on with the network of the one before,
 and the loop in `fit` is drawn in `hooks.TrainingHooks`. A method is a frozen dataclass without
 state: what must live between steps is a buffer of the layers that `prepare` installs, or a
 function of `Progress`; so an interrupted run resumes without a line of method code.
@@ -34,7 +35,8 @@ class PruningMethod(TrainingHooks, ABC):
     """Base of all methods.
 
     start     what sparsify trains: `init` the untrained network, `dense` the trained one,
-              None = nothing, the dense network itself is pruned
+              None = nothing, the dense network itself is pruned; later rounds, and runs with a base,
+              train the network that they have
     finetune  whether the cut network is trained again
     exclude   layers that stay whole, shell patterns of their names
 
@@ -74,7 +76,11 @@ class PruningMethod(TrainingHooks, ABC):
 
     @abstractmethod
     def prune(self, model: nn.Module, ratio: float) -> Masks:
-        """Select; the network is left as it is."""
+        """Select `ratio` of the units that are still there; the network is left as it is.
+
+        A unit whose weights are all exactly zero is gone: an earlier round removed it. It stays out of
+        the masks or in them as removed, but is none of those that this selection removes.
+        """
 
     def compensate(self, model: nn.Module, masks: Masks) -> nn.Module:
         """The network with its surviving weights adjusted for what is about to be removed."""

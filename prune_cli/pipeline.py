@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -17,10 +17,12 @@ from prune_cli.kernels.plan import require
 from prune_cli.metrics.latency import measure
 from prune_cli.record import Latency, LayerChange, Record, StageResult
 from prune_cli.report.stages import render
+from prune_cli.settings import Control
 from prune_cli.stages import Made, Workshop
 from prune_cli.store import Store, canonical, full_disk_explained, key_of
 
 BATCHES = (1, 128)  # batch sizes whose latency is measured
+CONTROLS = {"random", "random_finetuned", *get_args(Control)}  # stages that a run is compared with
 
 
 def run(experiment: Experiment, run_dir: Path, *, command: str) -> Record:
@@ -45,27 +47,42 @@ def run(experiment: Experiment, run_dir: Path, *, command: str) -> Record:
 
 
 def _make(shop: Workshop) -> list[Made]:
-    method = shop.experiment.method
-    made = [stages.train_dense(shop)]
-    if method.start is not None:
-        made.append(stages.sparsify(shop, made[0]))
-    source = made[-1]
-    pruned = stages.prune(shop, source)
-    made += [pruned, stages.prune_at_random(shop, source, pruned)]
-    if method.finetune and shop.experiment.recipe.finetune.epochs:
-        made.append(stages.finetune(shop, pruned))
+    """The dense network, the rounds of the method, and the controls."""
+    method, recipe = shop.method, shop.experiment.recipe
+    base, dense = shop.base, stages.train_dense(shop)
+    made = [dense] if base is None else [dense, stages.go_on_from(shop, base)]
+    cuts: list[Made] = []
+    for number in range(1, shop.experiment.rounds + 1):
+        if method.start is not None:
+            made.append(stages.sparsify(shop, made[-1], number))
+        cuts.append(stages.prune(shop, made[-1], number))
+        made.append(cuts[-1])
+        if method.finetune and recipe.finetune.epochs:
+            made.append(stages.finetune(shop, cuts, dense, recipe.finetune.start))
+    return [*made, *_controls(shop, cuts, dense)]
+
+
+def _controls(shop: Workshop, cuts: list[Made], dense: Made) -> list[Made]:
+    """The same selection left to chance, and what else the recipe wants the training compared with."""
+    recipe, random = shop.experiment.recipe, stages.prune_at_random(shop, cuts)
+    made = [random]
+    for control in recipe.controls:
+        if control == "random":
+            made.append(stages.finetune(shop, [random], dense, recipe.finetune.start, "random_finetuned"))
+        else:
+            made.append(stages.finetune(shop, cuts, dense, control, control))
     return made
 
 
 def _latency(shop: Workshop, made: list[Made]) -> dict[str, tuple[Latency, ...]]:
-    """Measured once per set of artifacts, machine, duration and kernel; the control is as fast as
-    what it controls."""
+    """Measured once per set of artifacts, machine, duration and kernel; the controls are as fast as
+    what they control."""
     seconds, kernel = shop.experiment.runtime.latency_seconds, shop.experiment.runtime.kernel
     if not seconds:
         return {}
-    timed = [m for m in made if m.stage != "random"]
+    timed = [m for m in made if m.stage not in CONTROLS]
     settings = {
-        "artifacts": {m.stage: m.artifact.key for m in timed},
+        "artifacts": {m.name: m.artifact.key for m in timed},
         "machine": fingerprint(machine(str(shop.device))),
         "batches": BATCHES,
         "seconds": seconds,
@@ -73,7 +90,7 @@ def _latency(shop: Workshop, made: list[Made]) -> dict[str, tuple[Latency, ...]]
     }
 
     def make(folder: Path, _) -> dict:
-        models = {m.stage: shop.trained(m.artifact) for m in timed}
+        models = {m.name: shop.trained(m.artifact) for m in timed}
         shape = models["dense"].input_shape
         found = measure(models, shape, BATCHES, seconds, shop.device, kernel)
         return {stage: [asdict(latency) for latency in latencies] for stage, latencies in found.items()}
@@ -84,7 +101,10 @@ def _latency(shop: Workshop, made: list[Made]) -> dict[str, tuple[Latency, ...]]
 
 def _record(shop: Workshop, made: list[Made], latency: dict[str, tuple[Latency, ...]], command: str) -> Record:
     experiment = shop.experiment
-    dense, pruned = (next(m.artifact.result for m in made if m.stage == stage) for stage in ("dense", "pruned"))
+    cuts = [m for m in made if m.stage == "pruned"]
+    rounds, dense, pruned = len(cuts), made[0].artifact.result, cuts[-1].artifact.result
+    if rounds > 1:
+        pruned = {**pruned, **stages.over_rounds(shop, cuts)}
     settings = {key: value for key, value in asdict(experiment).items() if key != "reference"}
     return Record(
         name=experiment.name,
@@ -96,8 +116,8 @@ def _record(shop: Workshop, made: list[Made], latency: dict[str, tuple[Latency, 
         unit=pruned["unit"],
         requested=pruned["requested"],
         obtained=pruned["obtained"],
-        notes=tuple(pruned["notes"]),
-        stages=tuple(_stage_result(m, latency.get(m.stage, ())) for m in made),
+        notes=tuple(_numbered(note, cut.round, rounds) for cut in cuts for note in cut.artifact.result["notes"]),
+        stages=tuple(_stage_result(m, latency.get(m.name, ()), rounds) for m in made),
         machine=machine(str(shop.device)),
         versions=versions(),
         target=experiment.target,
@@ -120,7 +140,11 @@ def _layers(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> tuple[LayerC
     )
 
 
-def _stage_result(made: Made, latency: tuple[Latency, ...]) -> StageResult:
+def _numbered(note: str, number: int, rounds: int) -> str:
+    return note if rounds == 1 else f"Round {number}: {note}"
+
+
+def _stage_result(made: Made, latency: tuple[Latency, ...], rounds: int) -> StageResult:
     result = made.artifact.result
     curve = [figures["validation"] for figures in result.get("history", []) if "validation" in figures]
     best = max(curve, default=None)
@@ -139,6 +163,8 @@ def _stage_result(made: Made, latency: tuple[Latency, ...]) -> StageResult:
         latency=latency,
         seconds=result["seconds"],
         cached=made.cached,
+        round=made.round if made.round and rounds > 1 else None,
+        epochs=len(result["history"]) if "history" in result else None,
     )
 
 
@@ -147,11 +173,11 @@ def _keep(shop: Workshop, run_dir: Path, made: list[Made], record: Record) -> No
     checkpoints = run_dir / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     for m in made:
-        shutil.copyfile(m.artifact.file("model.safetensors"), checkpoints / f"{m.stage}.safetensors")
+        shutil.copyfile(m.artifact.file("model.safetensors"), checkpoints / f"{m.name}.safetensors")
     record.write(run_dir / "record.json")
     experiment = shop.experiment
     names = {"method": experiment.method_name, "model": experiment.model.name, "dataset": experiment.dataset.name}
-    metrics = {f"accuracy/{s.stage}": s.accuracy for s in record.stages}
+    metrics = {f"accuracy/{m.name}": m.artifact.result["accuracy"] for m in made}
     pruned, dense = record.stage("pruned"), record.stage("dense")
     metrics["macs_removed"] = 1 - pruned.macs / dense.macs
     shop.journal.hyperparameters(

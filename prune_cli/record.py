@@ -31,8 +31,9 @@ class Latency:
 class StageResult:
     """The network as one stage left it.
 
-    stage            dense, sparse, pruned, random (the control: random selection at the same
-                     ratio) or finetuned
+    stage            dense, base (what a run goes on from), sparse, pruned, random (the control:
+                     random selection at the same ratio), finetuned, or a control of that: learning_rate,
+                     rewind, scratch_e, scratch_b, random_finetuned
     key              of its artifact in the store
     accuracy         top-1 on the test set after the last epoch, in [0, 1]; read once
     validation       the same on the validation split, None where nothing was held out
@@ -41,6 +42,8 @@ class StageResult:
     seconds          spent when it was computed; cached: it came from the store this time
     nonzero          of the parameters; None in records that were written before it was counted
     elementwise      elements that batch norms and ReLUs write and poolings read, for one image
+    round            1, 2, ... where the run repeats sparsify, prune and finetune, else None
+    epochs           that it was trained; None where nothing is trained
     """
 
     stage: str
@@ -57,6 +60,8 @@ class StageResult:
     cached: bool = False
     nonzero: int | None = None
     elementwise: Mapping[str, int] | None = None
+    round: int | None = None
+    epochs: int | None = None
 
     def at(self, batch: int) -> Latency | None:
         """The latency at this batch size, None where it was not measured."""
@@ -111,8 +116,8 @@ class Record:
     schema: int = SCHEMA
 
     def stage(self, name: str) -> StageResult | None:
-        """The result of the stage called `name`, None when the run has no such stage."""
-        return next((result for result in self.stages if result.stage == name), None)
+        """The result of the stage called `name` (of the last round), None when the run has no such stage."""
+        return next((result for result in reversed(self.stages) if result.stage == name), None)
 
     @property
     def objective(self) -> float | None:

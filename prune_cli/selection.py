@@ -4,6 +4,7 @@ The floor: no layer loses all of its units. The unit with the highest score of e
 removed; where that changed a selection, the masks carry a note that says so.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -22,11 +23,18 @@ def keep_best(scores: Tensor) -> Tensor:
     return (torch.arange(scores.numel(), device=scores.device) == scores.argmax()).view_as(scores)
 
 
-def select_global(scores: Scores, ratio: float, unit: str) -> Masks:
+def of_all(ratio: float, gone: Tensor) -> float:
+    """The fraction of all units to remove so that `ratio` of those go that are not `gone` (bool) already."""
+    return 1 - (1 - ratio) * (1 - float(gone.float().mean())) if gone.any() else ratio
+
+
+def select_global(scores: Scores, ratio: float, unit: str, most: float = 1.0) -> Masks:
     """Remove the fraction `ratio` of all units, the lowest scores first, ranked across layers.
 
     Units with a score of exactly zero are dead and always removed, also where they are more than
-    `ratio`. What the floor protects in one layer is removed elsewhere, so that the ratio is met.
+    `ratio`. What the floor protects in one layer is removed elsewhere, so that the ratio is met. With
+    `most` below 1 no layer loses more than that fraction of its units: the threshold stays as it is,
+    and less than the ratio is removed.
     """
     flat = torch.cat([s.flatten() for s in scores.values()]).float()
     protected = torch.cat([keep_best(s).flatten() for s in scores.values()])
@@ -38,7 +46,10 @@ def select_global(scores: Scores, ratio: float, unit: str) -> Masks:
     sizes = [s.numel() for s in scores.values()]
     keep = {layer: part.reshape(scores[layer].shape) for layer, part in zip(scores, (~removed).split(sizes))}
     floors = [layer for layer, part in zip(scores, without_floor.split(sizes)) if part.all()]
-    return Masks(unit, keep, ratio, _floor_note(floors, unit))
+    capped = {layer: _at_least(keep[layer], s, math.ceil((1 - most) * s.numel() - 1e-9)) for layer, s in scores.items()}
+    limited = [layer for layer in keep if not torch.equal(keep[layer], capped[layer])]
+    notes = _floor_note(floors, unit) + _limit_note(limited, unit, most)
+    return Masks(unit, capped, ratio, notes)
 
 
 def select_local(
@@ -87,8 +98,25 @@ def separation_note(scores: Scores, masks: Masks, trained: str) -> tuple[str, ..
     )
 
 
+def _at_least(keep: Tensor, scores: Tensor, count: int) -> Tensor:
+    """The mask, or the `count` units with the highest scores where it keeps fewer."""
+    if int(keep.sum()) >= count:
+        return keep
+    best = scores.flatten().argsort(descending=True, stable=True)[:count]
+    return torch.zeros_like(keep).flatten().index_fill(0, best, True).view_as(keep)
+
+
 def _floor_note(layers: list[str], unit: str) -> tuple[str, ...]:
     if not layers:
         return ()
-    shown = ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
-    return (f"The selection would have emptied {shown}: one {unit} is kept there.",)
+    return (f"The selection would have emptied {_shown(layers)}: one {unit} is kept there.",)
+
+
+def _limit_note(layers: list[str], unit: str, most: float) -> tuple[str, ...]:
+    if not layers:
+        return ()
+    return (f"The limit of {most:.0%} per layer kept {unit}s in {_shown(layers)} that the threshold would remove.",)
+
+
+def _shown(layers: list[str]) -> str:
+    return ", ".join(layers[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")

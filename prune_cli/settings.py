@@ -10,7 +10,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prune_cli.errors import UserError
@@ -77,6 +77,36 @@ class FitSettings:
     gamma: Positive = 0.1
 
 
+Start = Literal["trained", "learning_rate", "rewind", "scratch_e", "scratch_b"]
+Control = Literal["learning_rate", "rewind", "scratch_e", "scratch_b", "random"]
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(FitSettings):
+    """How the cut network is trained again.
+
+    start  `trained` fine-tunes: the surviving weights, with the settings that stand here. All others
+           train as pretrain does: `learning_rate` the surviving weights, `rewind` their values of
+           after `rewind_epoch` epochs of pretrain, both with the schedule from that epoch on (Renda et
+           al., ICLR 2020; the lottery ticket of Frankle & Carbin, ICLR 2019, at epoch 0); `scratch_e`
+           new initial weights for as many epochs, `scratch_b` for as many multiply-adds as pretrain
+           took, its epochs times dense / pruned MACs (Liu et al., "Rethinking the Value of Network
+           Pruning", ICLR 2019)
+    distillation, temperature  weight and temperature of the term that teaches the dense network's
+           answers (see `distillation`), whatever the start
+    """
+
+    start: Start = "trained"
+    rewind_epoch: Natural = 0
+    distillation: NonNegative = 0.0
+    temperature: Positive = 4.0
+
+    @property
+    def fit(self) -> FitSettings:
+        """The training run alone."""
+        return FitSettings(**{field.name: getattr(self, field.name) for field in fields(FitSettings)})
+
+
 Kernel = Literal["auto", "torch", "cpp", "cupy"]  # what computes stripe convolutions when a latency is measured
 Precision = Literal["auto", "float32", "bfloat16"]
 Target = Literal["units", "macs", "params"]  # what `ratio` is a fraction of
@@ -84,15 +114,20 @@ Target = Literal["units", "macs", "params"]  # what `ratio` is a fraction of
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the stages train: one FitSettings each, and what they share."""
+    """How the stages train: one FitSettings each, and what they share.
+
+    controls  what the cut network's training is compared with: other values of `finetune.start`,
+              and `random`, the random selection trained as finetune trains the method's
+    """
 
     name: str
     pretrain: FitSettings
     sparsify: FitSettings
-    finetune: FitSettings
+    finetune: FinetuneSettings
     precision: Precision = "auto"
     validation: Annotated[float, Bounds(0, 1, high_open=True)] = 0.1
     limit: Count | None = None
+    controls: tuple[Control, ...] = ()
 
 
 @dataclass(frozen=True)

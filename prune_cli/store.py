@@ -191,6 +191,15 @@ class Partial:
             return None
         return state
 
+    def copy(self, path: Path) -> None:
+        """Keep the state elsewhere, for another run to `begin_with`."""
+        shutil.copyfile(self.path, path)
+
+    def begin_with(self, path: Path) -> None:
+        """Let a run that has saved nothing yet go on from a state that `copy` has kept."""
+        if not self.path.exists():
+            shutil.copyfile(path, self.path)
+
     def remove(self) -> None:
         """Forget it."""
         self.path.unlink(missing_ok=True)

@@ -51,12 +51,14 @@ class Cut:
     masks    what must still be held at zero in it, in its own coordinates
     removed  per layer the output channels that are gone, in the old coordinates
     renamed  new names of layers that got another one
+    unread   per layer the input channels that are gone, in the old coordinates
     """
 
     model: nn.Module
     masks: Masks
     removed: dict[str, list[int]]
     renamed: dict[str, str]
+    unread: dict[str, list[int]]
 
 
 def mask(model: nn.Module, masks: Masks) -> nn.Module:
@@ -104,7 +106,7 @@ def cut(model: nn.Module, masks: Masks) -> Cut:
             if not pattern.all():
                 model.set_submodule(layer, packed.from_conv(model.get_submodule(layer), pattern.cpu()))
         remaining = Masks(masks.unit, {}, masks.requested)
-    return Cut(model, remaining, removed, renamed)
+    return Cut(model, remaining, removed, renamed, unread)
 
 
 @torch.no_grad()

@@ -21,9 +21,10 @@ LAYERS = [
     ["build"],
     ["pipeline"],
     ["stages"],
+    ["base", "repeated"],
     ["methods"],
     ["experiment"],
-    ["filters", "soft", "budget"],
+    ["filters", "soft", "budget", "distillation"],
     ["trainer"],
     ["method"],
     ["prunable"],
@@ -104,7 +105,7 @@ def test_reports_import_no_torch(source):
     assert not any(module.split(".")[0] == "torch" for module, _ in _imports(_sources()[source]))
 
 
-@pytest.mark.parametrize("source", ["pipeline.py", "stages.py", "trainer.py"])
+@pytest.mark.parametrize("source", ["pipeline.py", "stages.py", "base.py", "trainer.py"])
 def test_the_machinery_names_no_method_and_tests_no_type(source):
     tree = _sources()[source]
     names = {path.stem for path in (CONF / "method").glob("*.yaml")} - {"random"}

@@ -172,10 +172,43 @@ def _dense_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name: module.weight.detach() for name, module in modules if getattr(module, "weight", None) is not None and module.weight.ndim > 1}
 
 
-@pytest.mark.parametrize("steps", [3, 9])
-def test_killed_in_the_middle_and_resumed_equals_uninterrupted(method, compose, tmp_path, steps):
-    """SIGKILL after `steps` steps of the last stage that trains; 4 steps are an epoch."""
+def test_rounds_go_on_with_what_the_round_before_left(method, compose, tmp_path):
     experiment = _experiment(compose, method, "TinyResNet")
+    experiment = replace(experiment, rounds=2, method=replace(experiment.method, finetune=True))
+    record = run(experiment, tmp_path / "run", command="test")
+    sparse = ["sparse"] * (experiment.method.start is not None)
+    expected = [("dense", None)] + [(s, n) for n in (1, 2) for s in (*sparse, "pruned", "finetuned")] + [("random", 2)]
+    assert [(s.stage, s.round) for s in record.stages] == expected
+    assert not any(s.cached for s in record.stages)
+    first, second = (s for s in record.stages if s.stage == "pruned")
+    dense, tuned, random = (record.stage(stage) for stage in ("dense", "finetuned", "random"))
+    assert record.stage("pruned") == second
+    assert dense.nonzero > first.nonzero > second.nonzero and dense.macs >= first.macs >= second.macs >= tuned.macs
+    assert 0.97 <= tuned.nonzero / second.nonzero <= 1 + 1e-9 and random.nonzero < dense.nonzero
+
+    # The ratio is what both rounds together remove; each rounds by one unit of a layer, at most.
+    one, two, chance = (load_file(_masks(experiment, result)) for result in (first, second, random))
+    total, kept = sum(keep.numel() for keep in one.values()), sum(int(keep.sum()) for keep in two.values())
+    assert record.requested == RATIO
+    assert abs(record.obtained - RATIO) * total <= 1 + 3 * len(one)
+    assert kept == round((1 - record.obtained) * total)
+    assert {name: int(keep.sum()) for name, keep in chance.items()} == {
+        name: int(two.get(name, two.get(f"{name}.layer", keep)).sum()) for name, keep in one.items()
+    }  # the control removes as much of every layer, from what the first round had
+
+    again = run(experiment, tmp_path / "again", command="test")
+    assert all(s.cached for s in again.stages) and again.obtained == record.obtained
+    _dense_weights(tmp_path / "run/checkpoints/finetuned-1.safetensors")  # loads
+
+
+def _masks(experiment, result) -> Path:
+    return Path(experiment.runtime.store) / result.stage / result.key / "masks.safetensors"
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(3, 1), (9, 2)])
+def test_killed_in_the_middle_and_resumed_equals_uninterrupted(method, compose, tmp_path, steps, rounds):
+    """SIGKILL after `steps` steps of the last stage that trains; 4 steps are an epoch."""
+    experiment = replace(_experiment(compose, method, "TinyResNet"), rounds=rounds)
     recipe = experiment.recipe
     longer = {stage: replace(getattr(recipe, stage), epochs=4) for stage in ("pretrain", "sparsify", "finetune")}
     experiment = replace(experiment, recipe=replace(recipe, **longer))
@@ -197,9 +230,8 @@ def test_killed_in_the_middle_and_resumed_equals_uninterrupted(method, compose, 
     assert resumed.stage("dense").cached == (stage != "dense") and not resumed.stage(stage).cached
     log = (tmp_path / "resumed/run.log").read_text()
     assert (f"{stage}: resumed after epoch {steps // 4} of 4" in log) == (steps >= 4)
-    for result in whole.stages:
-        name = f"checkpoints/{result.stage}.safetensors"
-        assert _same(load_file(tmp_path / "whole" / name), load_file(tmp_path / "resumed" / name)), result.stage
+    for file in (tmp_path / "whole/checkpoints").iterdir():
+        assert _same(load_file(file), load_file(tmp_path / "resumed/checkpoints" / file.name)), file.name
 
 
 def _kill_in(stage: str, steps: int) -> None:

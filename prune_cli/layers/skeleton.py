@@ -23,7 +23,7 @@ class SkeletonConv2d(nn.Conv2d):
     def from_conv(cls, conv: nn.Conv2d) -> "SkeletonConv2d":
         """Takes over the settings and the weights of `conv` (not a copy of them).
 
-        Padding must be with zeros, groups must be 1.
+        Padding must be with zeros, groups must be 1. A stripe of zeros is dead: it was pruned before.
         """
         layer = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
@@ -31,7 +31,7 @@ class SkeletonConv2d(nn.Conv2d):
         )
         layer.weight, layer.bias = conv.weight, conv.bias
         layer.skeleton = nn.Parameter(conv.weight.new_ones(conv.out_channels, *conv.kernel_size))
-        layer.register_buffer("alive", torch.ones_like(layer.skeleton, dtype=torch.bool))
+        layer.register_buffer("alive", conv.weight.detach().any(1))
         return layer.train(conv.training)
 
     def scaled_weight(self) -> Tensor:

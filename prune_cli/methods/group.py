@@ -13,7 +13,7 @@ from prune_cli.layers.stripe import unpackable
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
 from prune_cli.prunable import Skip, weighted
-from prune_cli.selection import select_global, select_local, separation_note
+from prune_cli.selection import of_all, select_global, select_local, separation_note
 from prune_cli.settings import NonNegative, Positive
 
 
@@ -49,9 +49,11 @@ class GroupPruning(PruningMethod):
     def prune(self, model: nn.Module, ratio: float) -> Masks:
         scores = self.watch(model)
         if self.scope == "local":
-            masks = select_local(scores, dict.fromkeys(scores, ratio), self.unit, ratio)
+            ratios = {name: of_all(ratio, score == 0) for name, score in scores.items()}
+            masks = select_local(scores, ratios, self.unit, ratio)
         else:
-            masks = select_global(scores, ratio, self.unit)
+            gone = torch.cat([score.flatten() == 0 for score in scores.values()])
+            masks = select_global(scores, of_all(ratio, gone), self.unit)
         return masks.with_notes(*separation_note(scores, masks, "strength of groups"))
 
     def watch(self, model: nn.Module) -> dict[str, Tensor]:

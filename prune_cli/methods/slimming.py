@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
 from prune_cli.prunable import Skip, weighted
 from prune_cli.selection import select_global, separation_note
-from prune_cli.settings import NonNegative, Positive
+from prune_cli.settings import Bounds, NonNegative, Positive
 from prune_cli.streams import stream_norms
 
 
@@ -31,6 +31,8 @@ class NetworkSlimming(PruningMethod):
     strength  used when lam is None: how many times over the schedule would drive an unused scale
               from one to zero. The published CIFAR-10 settings are a strength of 9.5 for VGG
               (lam 1e-4) and 2.7 for ResNet and DenseNet (lam 1e-5)
+    most      no layer loses more than this fraction of its filters in one round (section 4.5: in each
+              of six passes half of all, and at most half of a layer)
     residual  also remove filters that write into a residual sum, each layer for itself; the paper
               leaves the sums of ResNets whole
     """
@@ -43,6 +45,7 @@ class NetworkSlimming(PruningMethod):
     strength: Positive = 2.7
     residual: bool = selection_field(default=False)
     exclude: tuple[str, ...] | None = selection_field(default=None)
+    most: Annotated[float, Bounds(0, 1, low_open=True)] | None = selection_field(default=None)
 
     def candidates(self, model: nn.Module) -> Mapping[str, Tensor | Skip]:
         """(O,) |gamma| of the batch norm behind every prunable layer, and of those on a stream by their own name."""
@@ -68,7 +71,7 @@ class NetworkSlimming(PruningMethod):
 
     def prune(self, model: nn.Module, ratio: float) -> Masks:
         scores = self.prunable(model).layers
-        masks = select_global(scores, ratio, self.unit)
+        masks = select_global(scores, ratio, self.unit, 1.0 if self.most is None else self.most)
         return masks.with_notes(*separation_note(scores, masks, "scale of batch norm"))
 
     def watch(self, model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from prune_cli.layers.stripe import unpackable
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
 from prune_cli.prunable import Skip, weighted
-from prune_cli.selection import keep_best, select_global, select_threshold, separation_note
+from prune_cli.selection import keep_best, of_all, select_global, select_threshold, separation_note
 from prune_cli.settings import NonNegative, Positive
 
 
@@ -84,7 +84,8 @@ class StripePruning(PruningMethod):
         scores = self.watch(model)
         if self.select == "threshold":
             return select_threshold(scores, self.threshold, self.unit, requested=ratio)
-        masks = select_global(scores, ratio, self.unit)
+        gone = torch.cat([~layer.weight.detach().any(1).flatten() for layer in _skeletons(model).values()])
+        masks = select_global(scores, of_all(ratio, gone), self.unit)
         return masks.with_notes(*separation_note(scores, masks, "skeleton"))
 
     def watch(self, model: nn.Module) -> dict[str, Tensor]:

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import nn
 
 from prune_cli.errors import UserError
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
 from prune_cli.prunable import Skip, weighted
-from prune_cli.selection import select_global, select_local
+from prune_cli.selection import of_all, select_global, select_local
 from prune_cli.settings import Fraction
 
 
@@ -18,7 +19,9 @@ from prune_cli.settings import Fraction
 class WeightPruning(PruningMethod):
     """Removes single weights, those with the smallest absolute value. The network keeps its shape
     and its MACs, unless whole filters lose every weight; what falls is the number of nonzero
-    parameters. Biases and batch norms are left alone.
+    parameters. Biases and batch norms are left alone. In rounds each one removes the same fraction of
+    the weights that are left, r of them: 1 - (1 - r)^rounds in all. With `recipe.finetune.start=rewind`
+    the survivors go back to their early values: the lottery ticket of Frankle & Carbin, ICLR 2019.
 
     layers     `conv`: convolutions only, as "Rethinking the Value of Network Pruning" (Liu et al.,
                ICLR 2019) and the deep networks of the lottery ticket paper have it; `all`: linear
@@ -47,10 +50,12 @@ class WeightPruning(PruningMethod):
         if self.scope == "global":
             if self.last_rate != 1:
                 raise UserError("method.last_rate: belongs to method.scope=local; a global ranking has no layer rates")
-            return select_global(scores, ratio, self.unit)
-        ratios = dict.fromkeys(scores, ratio)
-        if (last := list(weighted(model))[-1]) in ratios:
-            ratios[last] *= self.last_rate
+            gone = torch.cat([s.flatten() == 0 for s in scores.values()])
+            return select_global(scores, of_all(ratio, gone), self.unit)
+        rates = dict.fromkeys(scores, ratio)
+        if (last := list(weighted(model))[-1]) in rates:
+            rates[last] *= self.last_rate
+        ratios = {name: of_all(rates[name], s == 0) for name, s in scores.items()}
         sizes = {name: s.numel() for name, s in scores.items()}
         requested = sum(ratios[name] * size for name, size in sizes.items()) / sum(sizes.values())
         return select_local(scores, ratios, self.unit, requested)

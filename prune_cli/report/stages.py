@@ -15,8 +15,19 @@ from rich.text import Text
 
 from prune_cli.record import Latency, Record, StageResult
 
-ORDER = ("dense", "sparse", "pruned", "random", "finetuned")
-LABELS = {"random": "random selection,\nsame ratio"}  # the control, not a stage of the method
+ORDER = (
+    "dense", "base", "sparse", "pruned", "random", "finetuned", "learning_rate", "rewind", "scratch_e", "scratch_b",
+    "random_finetuned",
+)  # fmt: skip
+LABELS = {  # of what is no stage of the method, mostly controls
+    "base": "base, from which\nthis run goes on",
+    "random": "random selection,\nsame ratio",
+    "learning_rate": "learning rate\nrewound",
+    "rewind": "weights rewound",
+    "scratch_e": "from scratch,\nequal epochs",
+    "scratch_b": "from scratch,\nequal MACs",
+    "random_finetuned": "random selection,\nfinetuned",
+}
 ENDINGS = {"failed": "failed", "interrupted": "was interrupted"}  # of a run, by its status
 MISSING = "–"
 TARGETS = {"macs": "MACs", "params": "parameters"}  # by the record's name
@@ -101,7 +112,7 @@ def theoretical_speedup(record: Record, result: StageResult) -> float | None:
 
 def _columns(record: Record) -> list[Column]:
     """All columns of the table; the first holds the labels."""
-    rows = sorted(record.stages, key=lambda r: ORDER.index(r.stage) if r.stage in ORDER else len(ORDER))
+    rows = sorted(record.stages, key=_place)
     batches = sorted({latency.batch for result in rows for latency in result.latency})
 
     def column(header, cell, timed=None):
@@ -119,7 +130,7 @@ def _columns(record: Record) -> list[Column]:
     # Networks that are smaller rather than sparse have next to no zeros: nothing to show.
     sparse = any(r.nonzero is not None and r.nonzero < DENSE * r.parameters for r in rows)
     return [
-        column("stage", lambda r: LABELS.get(r.stage, r.stage)),
+        column("stage", _label),
         column("top-1\n%", lambda r: _percent(r.accuracy)),
         column("params", lambda r: _scaled(r.parameters)),
         *([column("nonzero\n%", nonzero)] if sparse else []),
@@ -128,6 +139,16 @@ def _columns(record: Record) -> list[Column]:
         column("speedup\ntheory", lambda r: _factor(theoretical_speedup(record, r))),
         *(make(batch) for batch in batches for make in (latency, speedup)),
     ]
+
+
+def _place(result: StageResult) -> tuple[int, int]:
+    """Where its row stands: by round, then as a run makes the stages."""
+    return result.round or 0, ORDER.index(result.stage) if result.stage in ORDER else len(ORDER)
+
+
+def _label(result: StageResult) -> str:
+    label = LABELS.get(result.stage, result.stage)
+    return label if result.round is None or result.stage in LABELS else f"{label}, round {result.round}"
 
 
 def _fitting(record: Record, console: Console) -> list[Table]:
@@ -158,7 +179,7 @@ def _table(columns: list[Column], title: str | None) -> Table:
     for i, column in enumerate(columns):
         table.add_column(column.header, justify="right" if i else "left", no_wrap=True)
     for cells in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*cells, style="dim" if cells[0] == LABELS["random"] else None)
+        table.add_row(*cells, style="dim" if cells[0] in LABELS.values() else None)
     return table
 
 
