@@ -58,7 +58,11 @@ class FilterMethod(PruningMethod):
         return None
 
     def candidates(self, model: nn.Module) -> Mapping[str, Filters | Skip]:
-        graph, layers = ChannelGraph(model), weighted(model)
+        return self.candidates_of(ChannelGraph(model))
+
+    def candidates_of(self, graph: ChannelGraph) -> Mapping[str, Filters | Skip]:
+        """`candidates` of a network whose channels are known already."""
+        layers = weighted(graph.model)
         found = {name: self._candidate(graph, name) for name in layers}
         flat = {name for name, layer in layers.items() if isinstance(layer, nn.Linear) and name not in graph.pointwise}
         if all(isinstance(candidate, Skip) for name, candidate in found.items() if name not in flat):

@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from prune_cli.channels import ChannelGraph, ChannelGroup
 from prune_cli.criteria import Criterion, filter_score
@@ -14,6 +13,7 @@ from prune_cli.errors import UserError
 from prune_cli.filters import FilterMethod
 from prune_cli.masks import Masks
 from prune_cli.method import selection_field
+from prune_cli.prunable import sorted_out
 from prune_cli.settings import Fraction
 
 
@@ -45,10 +45,10 @@ class NeuronMerging(FilterMethod):
     def compensate(self, model: nn.Module, masks: Masks) -> nn.Module:
         if not self.merge:
             return model
-        merged = copy.deepcopy(model)
+        merged, mergeable = copy.deepcopy(model), False
         graph = ChannelGraph(model)
         # All similarities are those of the original network: merging changes the next layer's weights.
-        for name, filters in self.prunable(model).layers.items():
+        for name, filters in sorted_out(self.candidates_of(graph), self.exclude).layers.items():
             group = filters.group
             # Neither a sum nor a depthwise convolution passes on a multiple of one filter.
             if name not in masks.keep or group.producers != (name,):
@@ -60,15 +60,21 @@ class NeuronMerging(FilterMethod):
                 norm = _Norm(model.get_submodule(norms[0]), places[norms[0]]) if norms else None
                 removed, kept, scale = self._merges(model.get_submodule(name), norm, masks.keep[name])
                 _fold(merged.get_submodule(reader).weight, channels, removed, kept, scale)
+                mergeable = True
+        if not mergeable:
+            raise UserError(
+                "method=neuron_merging: there is nothing to merge into: no pruned layer is followed by another "
+                "with at most one batch norm between them; method.merge=false prunes only"
+            )
         return merged
 
     def _merges(self, layer: nn.Module, norm: "_Norm | None", keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Filters i, the kept filters j that they merge into, and the scales S: three (M,)."""
         removed, kept = (~keep).nonzero().flatten(), keep.nonzero().flatten()
         weights = _with_bias(layer).double()
-        cosine = F.normalize(weights[removed], dim=1) @ F.normalize(weights[kept], dim=1).T
-        norms = weights.norm(dim=1)
-        scale = norms[removed].unsqueeze(1) / norms[kept].clamp_min(1e-30)
+        norms = weights.norm(dim=1).clamp_min(1e-30)
+        cosine = weights[removed] @ weights[kept].T / (norms[removed].unsqueeze(1) * norms[kept])
+        scale = norms[removed].unsqueeze(1) / norms[kept]
         best = cosine
         if norm is not None:
             scale, constant = self._behind_norm(norm, removed, kept, scale)

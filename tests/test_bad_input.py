@@ -1,0 +1,90 @@
+"""What a method cannot do with a network is one sentence and exit code 2, before anything is trained."""
+
+import sys
+
+import pytest
+from torch import Tensor, nn
+
+from prune_cli import cli
+
+QUICK = ("debug=default", "dataset=digits", "runtime.latency_seconds=0", "runtime.threads=1", "recipe.precision=float32")
+
+
+class Pointwise(nn.Sequential):
+    """No convolution larger than 1x1."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__(nn.Conv2d(channels, 8, 1), nn.ReLU(), nn.Conv2d(8, classes, 1), nn.AvgPool2d(resolution), nn.Flatten())
+
+
+class TwoNorms(nn.Sequential):
+    """Two batch norms between the layers, so that no filter is a multiple of another behind them."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        conv, norms = nn.Conv2d(channels, 8, 3), (nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8))
+        super().__init__(conv, *norms, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+
+class OneLayer(nn.Module):
+    """Nothing but the layer that writes the output."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels * resolution**2, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1))
+
+
+def call(*arguments: str) -> int:
+    """The exit code of `prune-cli` with these arguments."""
+    argv, sys.argv = sys.argv, ["prune-cli", *arguments]
+    try:
+        return cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = argv
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRUNE_STORE", str(tmp_path / "store"))
+    return tmp_path
+
+
+def custom(model: str) -> tuple[str, ...]:
+    return "model=custom", f"model.target={model}"
+
+
+REFUSED = [
+    (("method=slimming", "model=lenet5"), "batch norm"),
+    (("method=slim_magnitude", "model=lenet_300_100"), "batch norm"),
+    (("method=stripe", *custom("test_bad_input.Pointwise")), "1x1"),
+    (("method=stripe", "model=lenet_300_100"), "fully connected"),
+    (("method=sfp", "model=lenet_300_100"), "fully connected"),
+    (("method=neuron_merging", *custom("test_bad_input.TwoNorms")), "nothing to merge into"),
+    (("method=fp", *custom("test_bad_input.OneLayer")), "nothing"),
+    (("method=weight", "target=macs", *custom("tiny.TinyVGG")), "target=macs: single weights at zero"),
+    (("method=fp", "target=macs", "ratio=0.995", *custom("tiny.TinyVGG")), "target=macs ratio=0.995: at most 9"),
+    (("method=fpgm", "target=params", "ratio=0.999", *custom("tiny.TinyVGG")), "target=params ratio=0.999: at most 9"),
+    (("method=stripe", "target=macs", "method.select=threshold", *custom("tiny.TinyVGG")), "does not depend on ratio"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
+def test_it_is_refused_before_any_training(arguments, sentence, capsys, here):
+    assert call(*arguments, *QUICK) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("prune-cli: ") and err.count("\n") == 1
+    assert sentence in err
+    assert not [path for path in (here / "store").rglob("*") if path.name in ("model.safetensors", "manifest.json")]
+
+
+@pytest.mark.parametrize("method", ["fp", "stripe", "group", "slimming", "neuron_merging"])
+def test_a_ratio_that_would_empty_a_layer_meets_the_floor_and_says_so(method, capsys):
+    assert call(f"method={method}", "ratio=0.999", *custom("tiny.TinyVGG"), *QUICK) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "The selection would have emptied features." in out
+    assert "is kept there" in out
