@@ -71,9 +71,9 @@ class NeuronMerging(FilterMethod):
     def _merges(self, layer: nn.Module, norm: "_Norm | None", keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Filters i, the kept filters j that they merge into, and the scales S: three (M,)."""
         removed, kept = (~keep).nonzero().flatten(), keep.nonzero().flatten()
-        weights = _with_bias(layer).double()
-        norms = weights.norm(dim=1).clamp_min(1e-30)
-        cosine = weights[removed] @ weights[kept].T / (norms[removed].unsqueeze(1) * norms[kept])
+        weights = _with_bias(layer)
+        norms = torch.linalg.vector_norm(weights, dim=1, dtype=torch.float64).clamp_min(1e-30)
+        cosine = (weights[removed] @ weights[kept].T) / (norms[removed].unsqueeze(1) * norms[kept])
         scale = norms[removed].unsqueeze(1) / norms[kept]
         best = cosine
         if norm is not None:
