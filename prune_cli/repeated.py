@@ -47,16 +47,20 @@ def unpacked(model: nn.Module) -> nn.Module:
 def packed(small: Cut, units: Mapping[str, str]) -> Cut:
     """The cut network with the layers packed again that were (`units`: see `packing`).
 
-    Of a layer in which single weights have to be held at zero nothing is packed. Raises UserError: the
-    cut has packed a layer by another unit, which cannot hold the zeros that were there.
+    Raises UserError: the cut went through such a layer by a finer or another unit, whose zeros a packed
+    layer cannot hold as well.
     """
     model = copy.deepcopy(small.model)
     for old, unit in units.items():
         name = small.renamed.get(old, old)
         layer = model.get_submodule(name)
-        if (now := UNIT_OF.get(type(layer), unit)) != unit:
-            raise UserError(f"base: {old} holds {unit}s only, it cannot hold {now}s only as well; take another method")
-        if isinstance(layer, nn.Conv2d) and name not in small.masks.keep:
+        now = small.masks.unit if name in small.masks.keep else UNIT_OF.get(type(layer), unit)
+        if now != unit:
+            raise UserError(
+                f"base: {old} holds the surviving {unit}s only, in which a selection of {now}s cannot be held; "
+                "take a method that removes filters"
+            )
+        if isinstance(layer, nn.Conv2d):
             other_axes = [axis for axis in range(4) if axis not in UNIT_AXES[unit]]
             pattern = (layer.weight != 0).any(other_axes[0])
             if not pattern.all():

@@ -229,3 +229,17 @@ def test_half_separated_scores_are_called_noise():
     assert separation_note({"conv": spread_out}, masks, "skeleton")
     apart = torch.cat([torch.zeros(100), torch.linspace(0.05, 0.1, 100)])
     assert not separation_note({"conv": apart}, select_global({"conv": apart}, 0.5, "stripe"), "skeleton")
+
+
+@given(st.floats(0, 0.95), st.floats(0.05, 1), st.integers(0, 99))
+def test_no_layer_loses_more_than_the_limit(ratio, most, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(20, generator=generator) * scale for name, scale in (("low", 0.1), ("high", 1.0))}
+    free, limited = select_global(scores, ratio, "filter"), select_global(scores, ratio, "filter", most)
+    for name, keep in limited.keep.items():
+        assert int((~keep).sum()) <= most * 20 + 1e-6
+        if int((~free.keep[name]).sum()) <= most * 20:
+            assert torch.equal(keep, free.keep[name])  # the threshold is not moved for it
+        else:
+            assert scores[name][keep].min() >= scores[name][~keep].max() if (~keep).any() else True
+    assert (limited.obtained < free.obtained) == any("limit" in note for note in limited.notes)
