@@ -2,8 +2,8 @@
 
 The header says how to build the dense network (`ModelSpec`) and what surgery changed: attributes
 of layers, which layers hold stripes or gathered columns only, behind which ones channels are scattered
-into a residual sum, and before which ones they are selected from a stream. All of it is plain data; loading builds the dense network, replays the surgery,
-and fills in the tensors. No pickle, no run folder.
+into a residual sum, and before which ones they are selected from a stream. All of it is plain data;
+loading builds the dense network, replays the surgery, and fills in the tensors. No pickle, no run folder.
 """
 
 import json
