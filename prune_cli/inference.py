@@ -5,10 +5,12 @@ The copy is never saved: it belongs to one machine. What is saved is the network
 
 import copy
 import logging
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from prune_cli.kernels.operation import Implementation, Operation, memory_format
 from prune_cli.kernels.plan import choose
@@ -66,27 +68,29 @@ def for_inference(model: nn.Module, kernel: str = "auto") -> nn.Module:
     """A copy of the network in evaluation mode that computes the same, faster.
 
     Batch norm is folded into the convolution before it; a stripe convolution also takes the ReLU
-    that follows, and runs on the backend that `kernel` (auto, torch or cpp) allows.
+    that follows, and runs on the backend that `kernel` (auto, torch or cpp) allows. Sums and other
+    ReLUs of what a layer made are computed in its memory. A network that cannot be traced
+    keeps its batch norms and ReLUs.
     """
     model = copy.deepcopy(model).eval()
-    for conv, norm, relu in _chains(model):
-        layer = model.get_submodule(conv)
-        if norm is not None:
-            layer = _fold(layer, model.get_submodule(norm))
-            model.set_submodule(norm, nn.Identity())
+    graph, rectified = _traced(model), set()
+    if graph is not None:
+        rectified = _fuse(model, graph)
+        _work_in_place(model, graph)
+        made = fx.GraphModule(model, graph, type(model).__name__)
+        made.__dict__.update({name: value for name, value in vars(model).items() if name not in made.__dict__})
+        model = made.eval()
+    for name, layer in list(model.named_modules()):
         if isinstance(layer, StripeConv2d):
             operation = Operation(
-                layer.pattern, layer.stripes.float(), _bias(layer).float(), layer.stride, layer.padding, bool(relu)
+                layer.pattern, layer.stripes.float(), _bias(layer).float(), layer.stride, layer.padding, name in rectified
             )
-            layer = InferenceConv2d(operation, kernel, conv)
-            if relu is not None:
-                model.set_submodule(relu, nn.Identity())
-        model.set_submodule(conv, layer)
+            model.set_submodule(name, InferenceConv2d(operation, kernel, name))
     return model
 
 
-def _fold(layer: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:
-    """The convolution that computes norm(layer(x)) in evaluation mode."""
+def _fold(layer: nn.Module, norm: nn.BatchNorm2d) -> None:
+    """Make the convolution compute norm(layer(x)) in evaluation mode."""
     scale = torch.rsqrt(norm.running_var + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight
     shift = 0 if norm.bias is None else norm.bias
@@ -97,7 +101,6 @@ def _fold(layer: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:
     else:
         layer.weight.mul_(scale.view(-1, 1, 1, 1))
     layer.bias = nn.Parameter(bias, requires_grad=False)
-    return layer
 
 
 def _bias(layer: nn.Module) -> Tensor:
@@ -114,34 +117,84 @@ class _Tracer(fx.Tracer):
         return not list(m.children())
 
 
-def _chains(model: nn.Module) -> list[tuple[str, str | None, str | None]]:
-    """(convolution, batch norm or None, ReLU or None) that follow each other and feed nothing else.
-
-    A network that cannot be traced keeps its batch norms and ReLUs.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    convs = [name for module, name in names.items() if isinstance(module, (nn.Conv2d, StripeConv2d))]
+def _traced(model: nn.Module) -> fx.Graph | None:
     try:
-        graph = _Tracer().trace(model)
+        return _Tracer().trace(model)
     except Exception as problem:  # whatever a user's forward does that is not a graph
         log.info("Batch norm is not folded, the network cannot be traced: %s", problem)
-        return [(name, None, None) for name in convs]
-    nodes = [node for node in graph.nodes if node.op == "call_module"]
-    calls = [model.get_submodule(node.target) for node in nodes]
-    chains = {}
-    for node, module in zip(nodes, calls, strict=True):
-        if names[module] in convs:
-            norm = _follower(model, node, calls, nn.BatchNorm2d) if calls.count(module) == 1 else None
-            relu = _follower(model, norm or node, calls, nn.ReLU) if calls.count(module) == 1 else None
-            chains[names[module]] = tuple(n and names[model.get_submodule(n.target)] for n in (norm, relu))
-    return [(name, *chains.get(name, (None, None))) for name in convs]
-
-
-def _follower(model: nn.Module, node: fx.Node, calls: list[nn.Module], kind: type) -> fx.Node | None:
-    """The only user of the node, if it is a module of this kind that is called once."""
-    users = list(node.users)
-    if len(users) != 1 or users[0].op != "call_module":
         return None
-    module = model.get_submodule(users[0].target)
-    fixed = not isinstance(module, nn.BatchNorm2d) or module.running_mean is not None
-    return users[0] if isinstance(module, kind) and calls.count(module) == 1 and fixed else None
+
+
+def _fuse(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """Fold every batch norm into the convolution that it alone follows, and take the ReLUs behind stripe
+    convolutions out of the graph; returns the names of those convolutions."""
+    rectified = set()
+    for node in list(graph.nodes):
+        layer = _module(model, node)
+        if not isinstance(layer, (nn.Conv2d, StripeConv2d)) or not _called_once(model, graph, layer):
+            continue
+        after = _only_user(node)
+        norm = _module(model, after)
+        if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and _called_once(model, graph, norm):
+            _fold(layer, norm)
+            _skip(graph, after, node)
+            after = _only_user(node)
+        if isinstance(layer, StripeConv2d) and _is_relu(model, after):
+            _skip(graph, after, node)
+            rectified.add(node.target)
+    return rectified
+
+
+def _work_in_place(model: nn.Module, graph: fx.Graph) -> None:
+    """Sums and ReLUs of what a layer has made, and nothing else reads, need no memory of their own."""
+    makers = (nn.Conv2d, StripeConv2d, nn.BatchNorm2d)
+    own = {node for node in graph.nodes if isinstance(_module(model, node), makers)}
+    for node in graph.nodes:
+        if _is_sum(node):
+            kept = next((k for k in (0, 1) if node.args[k] in own and _only_user(node.args[k]) is node), None)
+            if kept is not None:
+                node.op, node.target = "call_function", _add_into
+                node.args = (node.args[kept], node.args[1 - kept])
+            own.add(node)
+        elif _is_relu(model, node) and node.args[0] in own and _only_user(node.args[0]) is node:
+            node.op, node.target, node.args, node.kwargs = "call_function", torch.relu_, node.args[:1], {}
+            own.add(node)
+
+
+def _add_into(y: Tensor, x: Any) -> Tensor:
+    """y + x, in the memory of y where the sum fits."""
+    fits = isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+    return y.add_(x) if fits else y + x
+
+
+def _is_sum(node: fx.Node) -> bool:
+    functions = (operator.add, operator.iadd, torch.add)
+    called = node.target in functions if node.op == "call_function" else node.op == "call_method" and node.target in ("add", "add_")
+    return called and len(node.args) == 2 and not node.kwargs
+
+
+def _is_relu(model: nn.Module, node: fx.Node | None) -> bool:
+    if node is None or not node.args:
+        return False
+    function = node.op == "call_function" and node.target in (F.relu, torch.relu, torch.relu_)
+    method = node.op == "call_method" and node.target in ("relu", "relu_")
+    return function or method or isinstance(_module(model, node), nn.ReLU)
+
+
+def _module(model: nn.Module, node: fx.Node | None) -> nn.Module | None:
+    return model.get_submodule(node.target) if node is not None and node.op == "call_module" else None
+
+
+def _called_once(model: nn.Module, graph: fx.Graph, module: nn.Module) -> bool:
+    return sum(_module(model, node) is module for node in graph.nodes) == 1
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _skip(graph: fx.Graph, node: fx.Node, before: fx.Node) -> None:
+    """Take the node, whose input is `before`, out of the graph."""
+    node.replace_all_uses_with(before)
+    graph.erase_node(node)

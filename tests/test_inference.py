@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import TinyResNet, TinyVGG, randomise
 from torch import nn
+from torch.nn import functional as F
 
 import prune_cli
 from prune_cli.inference import InferenceConv2d, for_inference
@@ -51,9 +52,38 @@ def test_it_computes_what_the_network_computes(network, kernel, monkeypatch):
 
 def test_relu_is_fused_where_nothing_else_reads_the_convolution():
     fast = for_inference(pruned(CifarResNet(3, 8, 10, depth=20)), "torch")
-    block = fast.layer1[0]
-    assert block.conv1.operation.relu and isinstance(block.relu1, nn.Identity)
-    assert not block.conv2.operation.relu and isinstance(block.relu2, nn.ReLU)
+    fused = {name for name, m in fast.named_modules() if isinstance(m, InferenceConv2d) and m.operation.relu}
+    assert fused == {"conv1", *(f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in (0, 1, 2))}
+    assert not any(isinstance(m, nn.ReLU) for m in fast.modules())  # those behind sums work in place
+
+
+class Functional(nn.Module):
+    """ReLUs and sums as functions and methods; what is in place must not reach what is read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.conv3, self.conv4 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+        self.scale = 2.0
+
+    def forward(self, x):
+        x = F.relu(self.conv1(x))
+        y = torch.relu(self.conv2(x) + x)
+        z = self.conv3(y)
+        wide = (self.conv4(y) + z).relu()  # the sum is larger than its first term
+        return x + y * self.scale, z + 1, wide, z.relu() + z
+
+
+@pytest.mark.parametrize("stripes", [True, False])
+def test_functions_and_sums_compute_what_they_did(stripes):
+    model = pruned(Functional()) if stripes else randomise(Functional()).eval()
+    fast, x = for_inference(model, "torch"), torch.rand(2, 3, 6, 6)
+    kept = x.clone()
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), model(x))
+    assert torch.equal(x, kept) and fast.scale == 2
+    if stripes:
+        assert fast.conv1.operation.relu and not any(getattr(fast, f"conv{k}").operation.relu for k in (2, 3, 4))
 
 
 class Shared(nn.Module):
