@@ -11,6 +11,8 @@ from torch import Tensor
 from prune_cli.kernels.compiler import library
 from prune_cli.kernels.operation import Implementation, Operation, memory_format
 
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their numbers in the library
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -32,24 +34,26 @@ class Tuning:
 
 
 def compiled(operation: Operation, tuning: Tuning, variant: str | None = None) -> Implementation:
-    """The operation on the CPU. Half precision is converted outside and summed in float32.
+    """The operation on the CPU, summed in float32. Half precision is read and written as it is where the
+    processor has AVX-512, and converted outside elsewhere.
 
     Raises CannotBuild.
     """
     kernels = library(variant)
+    types = TYPES if kernels.has_halves() else TYPES[:1]
     layer = _Held(_prepare(kernels, operation, tuning), kernels.release_layer)
     calls: dict[tuple, tuple] = {}
 
     def run(x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
+        if x.dtype not in types:
             return run(x.float()).to(x.dtype)
-        threads = torch.get_num_threads()
-        call = calls.get((x.shape, x.stride(), threads))
+        key = (x.shape, x.stride(), x.dtype, torch.get_num_threads())
+        call = calls.get(key)
         if call is None:
-            call = calls[x.shape, x.stride(), threads] = _arrange(kernels, layer, operation, x, threads)
+            call = calls[key] = _arrange(kernels, layer, operation, x)
         size, layout, arranged, dense = call
         x = x if dense else x.contiguous()
-        y = torch.empty(size, memory_format=layout)
+        y = torch.empty(size, dtype=x.dtype, memory_format=layout)
         if y.numel():
             kernels.run(arranged.address, x.data_ptr(), y.data_ptr())
         return y
@@ -77,13 +81,15 @@ def _prepare(kernels: ctypes.CDLL, operation: Operation, tuning: Tuning) -> int:
     )
 
 
-def _arrange(kernels: ctypes.CDLL, layer: _Held, operation: Operation, x: Tensor, threads: int) -> tuple:
+def _arrange(kernels: ctypes.CDLL, layer: _Held, operation: Operation, x: Tensor) -> tuple:
     """Size and layout of the output, the call as the library has arranged it, whether x can be read as it is."""
     number, _, height, width = x.shape
     size = operation.output_size(height, width)
     layout = memory_format(x)
     channels_last = layout == torch.channels_last
-    images = _integers(number, height, width, *size, int(channels_last), int(operation.relu), threads)
+    images = _integers(
+        number, height, width, *size, int(channels_last), int(operation.relu), TYPES.index(x.dtype), torch.get_num_threads()
+    )
     call = _Held(kernels.arrange(layer.address, images), kernels.release_call, layer)
     return (number, operation.filters, *size), layout, call, x.is_contiguous() or channels_last
 

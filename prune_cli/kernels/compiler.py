@@ -24,7 +24,7 @@ SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 # Instruction sets, best first: what the processor must have, and the compiler's options for it.
 VARIANTS = {
-    "avx512": ({"avx512f", "avx512bw", "fma"}, ("-mavx512f", "-mavx512bw", "-mfma", "-mprefer-vector-width=512")),
+    "avx512": ({"avx512f", "avx512bw", "avx512vl", "fma"}, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")),
     "avx2": ({"avx2", "fma"}, ("-mavx2", "-mfma")),
     "portable": (set(), ()),
 }

@@ -3,11 +3,12 @@
 #pragma once
 #include "micro.h"
 
+template <class T>
 struct ImageTask {
     const Layer& layer;
     const Images& im;
     const float* packed;  // [pixel][channel][lanes], pixels `pitch` apart
-    float* y;
+    T* y;
     int64_t first_image, lanes;  // lanes: images rounded up to registers
     int64_t images, pitch;
 
@@ -49,8 +50,8 @@ struct ImageTask {
             for (int64_t o = 0; o < filters; ++o) fill(sum + o * lanes, layer.bias[block.first + o], lanes);
             multiply_pixel(block, first + p, sum);
         }
-        float* target = y + first_image * all * plane;
-        auto write = [&](const float* from, int64_t stride, int64_t rows, float* to) {
+        T* target = y + first_image * all * plane;
+        auto write = [&](const float* from, int64_t stride, int64_t rows, T* to) {
             transpose<true>(from, stride, rows, images, to, all * plane, im.least());
         };
         if (im.channels_last)
@@ -64,7 +65,8 @@ struct ImageTask {
 
 // [pixel][channel][lanes] from images that start at x. The pitch between pixels is no power of two, or they
 // would fall on the same few lines of the cache.
-static void pack_pixels(const Layer& layer, const Images& im, const float* x, int64_t images, int64_t lanes, float* packed, int64_t pitch) {
+template <class T>
+static void pack_pixels(const Layer& layer, const Images& im, const T* x, int64_t images, int64_t lanes, float* packed, int64_t pitch) {
     const int64_t plane = im.height * im.width, channels = layer.shape.channels;
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < (im.channels_last ? plane : channels); ++k) {
@@ -73,7 +75,8 @@ static void pack_pixels(const Layer& layer, const Images& im, const float* x, in
     }
 }
 
-static void run_images(const Layer& layer, const float* x, float* y, const Images& im) {
+template <class T>
+static void run_images(const Layer& layer, const Images& im, const T* x, T* y) {
     const int64_t most = std::min<int64_t>(registers_of_block(layer.tuning.block), VECTORS) * LANES, plane = im.out_height * im.out_width, channels = layer.shape.channels;
     const int64_t in_size = channels * im.height * im.width;
     static thread_local Scratch shared;
@@ -86,7 +89,7 @@ static void run_images(const Layer& layer, const float* x, float* y, const Image
             const int64_t images = std::min(most, im.number - n), lanes = (images + LANES - 1) / LANES * LANES;
             const int64_t pitch = channels * lanes + LANES;
             pack_pixels(layer, im, x + n * in_size, images, lanes, packed, pitch);
-            const ImageTask task{layer, im, packed, y, n, lanes, images, pitch};
+            const ImageTask<T> task{layer, im, packed, y, n, lanes, images, pitch};
 #pragma omp for schedule(dynamic)
             for (int64_t k = 0; k < blocks * tiles; ++k) {
                 const int64_t first = k / blocks * pixels;

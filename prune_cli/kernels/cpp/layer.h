@@ -20,7 +20,7 @@ struct Tuning {  // how it is computed; what is best is measured
 };
 
 struct Images {  // one call
-    int64_t number, height, width, out_height, out_width, channels_last, relu, threads;
+    int64_t number, height, width, out_height, out_width, channels_last, relu, type, threads;  // type: 0 float, 1 bfloat16, 2 float16
     vec least() const { return vec{} + (relu ? 0.f : -std::numeric_limits<float>::infinity()); }
 };
 

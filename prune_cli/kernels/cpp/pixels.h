@@ -37,7 +37,7 @@ struct PixelGrid {
         blocks = ceil_div((images - 1) * plane + im.out_height * width, block);
         tile = ceil_div(blocks, ceil_div(blocks, std::max<int64_t>(layer.tuning.tile / block, 1)));
         whole = width == im.out_width && height == im.out_height;
-        direct = !im.channels_last && (whole ? images == 1 || plane % LANES == 0 : images == 1 && width == im.out_width);
+        direct = im.type == 0 && !im.channels_last && (whole ? images == 1 || plane % LANES == 0 : images == 1 && width == im.out_width);
         for (int64_t r = 0; r < blocks * registers; ++r)
             at.push_back(r * LANES / plane * shape.filters * plane + r * LANES % plane);
         find_masks();
@@ -107,7 +107,8 @@ struct Tile {
     }
 
     // planes[channel][plane][pixel] of channels [c0, c0 + channels) of the unit at x.
-    void fill(const float* x, int64_t c0, int64_t channels, float* planes) const {
+    template <class T>
+    void fill(const T* x, int64_t c0, int64_t channels, float* planes) const {
         const Shape& s = grid.shape;
         if (grid.shifted)
             for (int64_t c = 0; c < channels; ++c) add_zeros(planes + c * stride);
@@ -120,8 +121,8 @@ struct Tile {
     }
 
 private:
-    template <int STEP>
-    void copy_runs(const float* x, int64_t c0, int64_t channels, float* planes) const {
+    template <int STEP, class T>
+    void copy_runs(const T* x, int64_t c0, int64_t channels, float* planes) const {
         const int64_t size = grid.im.height * grid.im.width;
         for (int64_t c = 0; c < channels; ++c)
             for (const Run& run : runs)
@@ -168,8 +169,7 @@ struct PixelTask {
     const Layer& layer;
     const Block& block;
     const Tile& tile;
-    const float* x;  // the unit's first image
-    float* y;        // its first filter of the block
+    float* direct;  // of the output, where the unit begins with the block's filters; null where sums are written later
 
     // Sums are kept in the tile, [filter][pixel].
     int64_t pitch() const { return (tile.pixels() / LANES | 1) * LANES; }
@@ -177,7 +177,7 @@ struct PixelTask {
     Sums sums_at(int64_t k, float* sums) const {
         const PixelGrid& grid = tile.grid;
         const int64_t size = grid.registers * LANES, plane = grid.im.out_height * grid.im.out_width;
-        return {sums + k * size, pitch(), layer.bias.data() + block.first, grid.direct ? y : nullptr, plane,
+        return {sums + k * size, pitch(), layer.bias.data() + block.first, direct, plane,
                 &grid.at[(tile.first + k) * grid.registers],
                 (grid.images == 1 ? plane : tile.images * plane) - (tile.first + k) * size, grid.im.least()};
     }
@@ -245,7 +245,8 @@ struct PixelTask {
     }
 
     // Sums that could not be written where they ended.
-    void write_tile(const float* sums) const {
+    template <class T>
+    void write_tile(const float* sums, T* y) const {
         const PixelGrid& grid = tile.grid;
         const Images& im = grid.im;
         const int64_t filters = block.last - block.first, plane = im.out_height * im.out_width, all = layer.shape.filters;
@@ -265,8 +266,9 @@ struct PixelTask {
         }
     }
 
-    template <int V>
-    void run(Scratch& scratch) const {
+    // From the first image of the unit to the block's filters of its output.
+    template <int V, class T>
+    void run(const T* x, T* y, Scratch& scratch) const {
         const Shape& s = layer.shape;
         const bool by_filter = layer.tuning.block == BY_FILTER;
         const int64_t most = by_filter ? s.channels : std::min(layer.tuning.channel_block, s.channels);
@@ -279,27 +281,34 @@ struct PixelTask {
             else add<V>(planes, block.weights.data() + block.of_channel_block[b], channels, c0 == 0, c0 + channels == s.channels, sums);
         }
         add_empty<V>(sums);
-        if (!tile.grid.direct) write_tile(sums);
+        if (!direct) write_tile(sums, y);
     }
 };
 
-static void run_pixels(const Layer& layer, const PixelGrid& grid, const float* x, float* y) {
+template <class T>
+static float* as_floats(T*) { return nullptr; }
+template <>
+float* as_floats(float* y) { return y; }
+
+template <class T>
+static void run_pixels(const Layer& layer, const PixelGrid& grid, const T* x, T* y) {
     const Images& im = grid.im;
     const int64_t blocks = layer.blocks.size(), tiles = grid.tiles(), tasks = grid.units() * tiles * blocks;
-    const int64_t in_size = layer.shape.channels * im.height * im.width, out_size = layer.shape.filters * im.out_height * im.out_width;
+    const int64_t in_size = layer.shape.channels * im.height * im.width, plane = im.out_height * im.out_width;
 #pragma omp parallel num_threads(std::min(im.threads, tasks))
     {
         static thread_local Scratch scratch;
 #pragma omp for schedule(dynamic)
         for (int64_t k = 0; k < tasks; ++k) {
-            const int64_t unit = k / (tiles * blocks), image = unit * grid.images;
+            const int64_t unit = k / (tiles * blocks);
             const Block& block = layer.blocks[k % blocks];
             const Tile tile(grid, unit, k / blocks % tiles);
-            const int64_t first = block.first * (im.channels_last ? 1 : im.out_height * im.out_width);
-            const PixelTask task{layer, block, tile, x + image * in_size, y + image * out_size + first};
-            if (grid.registers == 1) task.run<1>(scratch);
-            else if (grid.registers == VECTORS) task.run<VECTORS>(scratch);
-            else task.run<2 * VECTORS>(scratch);
+            const T* from = x + unit * grid.images * in_size;
+            T* to = y + unit * grid.images * layer.shape.filters * plane + block.first * (im.channels_last ? 1 : plane);
+            const PixelTask task{layer, block, tile, grid.direct ? as_floats(to) : nullptr};
+            if (grid.registers == 1) task.run<1>(from, to, scratch);
+            else if (grid.registers == VECTORS) task.run<VECTORS>(from, to, scratch);
+            else task.run<2 * VECTORS>(from, to, scratch);
         }
     }
 }

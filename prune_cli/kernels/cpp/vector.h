@@ -24,9 +24,27 @@ static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 static inline vec at_least(vec v, vec least) { return v < least ? least : v; }  // NaN stays NaN
 
 // The lanes of `mask`; the others are zero, or left alone in memory, which is not touched there.
+struct Bfloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
 #if defined(__AVX512F__)
+#define HAS_HALVES 1  // inputs and outputs of 16 bits are converted in registers
 static inline vec load(const float* p, Mask mask) { return (vec)_mm512_maskz_loadu_ps(mask, p); }
 static inline void store(float* p, vec v, Mask mask) { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
+static inline vec load(const Bfloat16* p, Mask mask = ALL) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
+}
+static inline void store(Bfloat16* p, vec v, Mask mask = ALL) {  // to the nearest, ties to even
+    const __m512i bits = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+static inline vec load(const Float16* p, Mask mask = ALL) { return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)); }
+static inline void store(Float16* p, vec v, Mask mask = ALL) {
+    _mm256_mask_storeu_epi16(p, mask, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 #else
 static inline vec load(const float* p, Mask mask) {
     vec v = {};
@@ -70,12 +88,12 @@ static inline vec load_readable(const float* p, LaneMask mask) { return (vec)((i
 #endif
 
 // n numbers that lie STEP (0: `step`) apart; nothing behind the last is touched.
-template <int STEP>
-static inline vec load_every(const float* p, int64_t step, int64_t n) {
+template <int STEP, class T>
+static inline vec load_every(const T* p, int64_t step, int64_t n) {
     if (STEP == 1) return n >= LANES ? load(p) : load(p, first_lanes(n));
     if (STEP == 2) return EVEN(2 * n > LANES ? load(p) : load(p, first_lanes(2 * n - 1)), load(p + LANES, first_lanes(2 * n > LANES ? 2 * n - 1 - LANES : 0)));
     vec v = {};
-    for (int64_t k = 0; k < n && k < LANES; ++k) v[k] = p[k * step];
+    for (int64_t k = 0; k < n && k < LANES; ++k) v[k] = load(p + k * step, first_lanes(1))[0];
     return v;
 }
 
@@ -92,13 +110,13 @@ static inline void transpose_square(vec* rows) {
 }
 
 // to[j * to_stride + i] = from[i * from_stride + j], at least `least`, for i < rows, j < columns.
-template <bool BOUNDED = false>
-static void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride, vec least = vec{}) {
+template <bool BOUNDED = false, class From, class To>
+static void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride, vec least = vec{}) {
     for (int64_t i0 = 0; i0 < rows; i0 += LANES)
         for (int64_t j0 = 0; j0 < columns; j0 += LANES) {
             const int64_t height = rows - i0, width = columns - j0;
-            const float* source = from + i0 * from_stride + j0;
-            float* target = to + j0 * to_stride + i0;
+            const From* source = from + i0 * from_stride + j0;
+            To* target = to + j0 * to_stride + i0;
             vec square[LANES];
             for (int i = 0; i < LANES; ++i)
                 square[i] = i >= height ? vec{} : width >= LANES ? load(source + i * from_stride) : load(source + i * from_stride, first_lanes(width));
@@ -112,14 +130,15 @@ static void transpose(const float* from, int64_t from_stride, int64_t rows, int6
 }
 
 // Copy n floats that lie STEP (0: `step`) apart.
-template <int STEP>
-static inline void copy_every(const float* from, int64_t step, float* to, int64_t n) {
+template <int STEP, class T>
+static inline void copy_every(const T* from, int64_t step, float* to, int64_t n) {
     for (; n >= LANES; n -= LANES, from += LANES * step, to += LANES) store(to, load_every<STEP>(from, step, LANES));
     if (n > 0) store(to, load_every<STEP>(from, step, n), first_lanes(n));
 }
 
 // Copy n floats, at least `least`.
-static inline void copy(const float* from, float* to, int64_t n, vec least) {
+template <class T>
+static inline void copy(const float* from, T* to, int64_t n, vec least) {
     for (; n >= LANES; n -= LANES, from += LANES, to += LANES) store(to, at_least(load(from), least));
     if (n > 0) store(to, at_least(load(from, first_lanes(n)), least), first_lanes(n));
 }
