@@ -4,14 +4,14 @@
 
 // Where the sums of V registers are kept between positions, and where they end.
 struct Sums {
-    float* tile;          // [filter][pixel]
-    int64_t pitch;        // between its filters
-    const float* bias = nullptr;    // of the block's filters: what a filter's first group begins with; null: with the tile
-    float* y = nullptr;             // what a filter's last group writes, [filter][pixel]; null: the tile
-    int64_t y_pitch = 0;      // between its filters
-    const int64_t* at = nullptr;    // where each register lies in a filter of y
-    int64_t lanes = 0;        // that exist in y
-    vec least = {};            // 0 with ReLU
+    float* tile;                  // [filter][pixel]
+    int64_t pitch;                // between its filters
+    const float* bias = nullptr;  // what a filter's first group begins with; null: with what the tile has
+    float* y = nullptr;           // [filter][pixel], what a filter's last group writes; null: the tile
+    int64_t y_pitch = 0;          // between its filters
+    const int64_t* at = nullptr;  // where each register lies in a filter of y
+    int64_t lanes = 0;            // that exist in y
+    vec least = {};               // 0 with ReLU
 };
 
 static inline void write(const Sums& sums, int64_t row, int v, vec sum) {
@@ -72,10 +72,9 @@ static inline void multiply(const Group& g, const float* x, int64_t x_stride, co
 }
 
 // sum[v] += sum over c of w[c] * x[c][v]: one filter at one position, the sums stay in registers.
-template <int V, bool MASKED>
-static inline void accumulate(vec (&sum)[V], const float* x, int64_t x_stride, const Mask* masks, const float* w, int64_t channels) {
+template <int V>
+static inline void accumulate(vec (&sum)[V], const float* x, int64_t x_stride, const float* w, int64_t channels) {
     for (int64_t c = 0; c < channels; ++c, x += x_stride)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v)
-            sum[v] += w[c] * (MASKED ? load_readable(x + v * LANES, lane_mask(masks[v])) : load(x + v * LANES));
+        for (int v = 0; v < V; ++v) sum[v] += w[c] * load(x + v * LANES);
 }

@@ -1,6 +1,8 @@
 // Pixels are the lanes. The input of a tile is laid out once: per channel one or more planes whose rows
 // follow each other without padding, so that a kernel position is an offset in a plane and one load serves
 // any column; what lies outside the image is masked when it is loaded. A stride takes a plane per phase.
+// Few channels are better served by shifted planes: one per column of the kernel, with zeros where the
+// image ends, so that whole cache lines are loaded and nothing is masked.
 #pragma once
 #include "micro.h"
 
@@ -15,11 +17,12 @@ struct PixelGrid {
     const Shape shape;
     const Images im;
     int64_t registers;              // of a block of pixels
-    bool shifted;                   // a plane per column of the kernel, so that whole cache lines are loaded
+    bool shifted;                   // planes, see above
     int64_t width, height, images;  // of a unit
     std::vector<Plane> planes;
     std::vector<Position> positions;
     int64_t least = 0, most = 0;    // offsets of a position
+    int64_t top = 0;                // first row that is read of an image's planes
     int64_t blocks, tile;           // blocks of a unit, and of a tile
     bool whole;                     // the pixels of an image are those of its output
     bool direct;                    // the registers that end a sum write it to the output
@@ -32,6 +35,10 @@ struct PixelGrid {
         for (int64_t i = 0; i < shape.kernel_h; ++i)
             for (int64_t j = 0; j < shape.kernel_w; ++j) add_position(i - shape.padding_h, j - shape.padding_w);
         for (const Position& p : positions) least = std::min(least, offset(p)), most = std::max(most, offset(p));
+        if (shifted) {
+            top = positions.front().down;  // rows of zeros lie between images
+            height = im.out_height + positions.back().down - top;
+        }
         const int64_t plane = width * height, block = registers * LANES;
         images = std::clamp<int64_t>(block / plane, 1, std::max<int64_t>(im.number, 1));
         blocks = ceil_div((images - 1) * plane + im.out_height * width, block);
@@ -40,7 +47,7 @@ struct PixelGrid {
         direct = im.type == 0 && !im.channels_last && (whole ? images == 1 || plane % LANES == 0 : images == 1 && width == im.out_width);
         for (int64_t r = 0; r < blocks * registers; ++r)
             at.push_back(r * LANES / plane * shape.filters * plane + r * LANES % plane);
-        find_masks();
+        if (!shifted) find_masks();
     }
 
     int64_t offset(const Position& p) const { return p.down * width + p.right; }
@@ -68,7 +75,7 @@ private:
             Mask* mask = &masks[pixel / (registers * LANES) * positions.size() * registers + pixel / LANES % registers];
             for (int64_t i = h; i < h + shape.kernel_h; ++i)
                 for (int64_t j = w; j < w + shape.kernel_w; ++j, mask += registers)
-                    if (i >= 0 && i < im.height && (shifted || (j >= 0 && j < im.width))) *mask |= 1u << pixel % LANES;
+                    if (i >= 0 && i < im.height && j >= 0 && j < im.width) *mask |= 1u << pixel % LANES;
         }
     }
 };
@@ -84,6 +91,7 @@ struct Tile {
     int64_t first_row, plane_size;
     int64_t stride;                  // between channels: an odd number of cache lines, or they would share few sets
     std::vector<Run> runs;
+    std::vector<int64_t> offsets;    // of each position: what it reads for the first pixel, in the planes of a channel
 
     Tile(const PixelGrid& grid, int64_t unit, int64_t tile) : grid(grid), first(tile * grid.tile) {
         blocks = std::min(grid.tile, grid.blocks - first);
@@ -94,17 +102,12 @@ struct Tile {
         plane_size = ceil_div((end_row - first_row) * grid.width, LANES) * LANES;
         stride = (plane_size * grid.planes.size() / LANES | 1) * LANES;
         for (int64_t p = 0; p < (int64_t)grid.planes.size(); ++p)
-            for (int64_t row = std::max<int64_t>(first_row, 0); row < std::min(end_row, images * grid.height); ++row) add_run(p, row);
+            for (int64_t row = first_row; row < end_row; ++row) add_run(p, row);
+        for (const Position& p : grid.positions) offsets.push_back(p.plane * plane_size + begin + grid.offset(p) - first_row * grid.width);
     }
 
     int64_t pixels() const { return blocks * grid.registers * LANES; }
     int64_t size(int64_t channels) const { return channels * stride + LANES; }
-
-    // What a position reads for the first pixel, in the planes of the first channel.
-    const float* at(const float* planes, int position) const {
-        const Position& p = grid.positions[position];
-        return planes + p.plane * plane_size + first * grid.registers * LANES + grid.offset(p) - first_row * grid.width;
-    }
 
     // planes[channel][plane][pixel] of channels [c0, c0 + channels) of the unit at x.
     template <class T>
@@ -140,13 +143,17 @@ private:
         const Shape& s = grid.shape;
         const Images& im = grid.im;
         const Plane& plane = grid.planes[p];
-        const int64_t h = row % grid.height * s.stride_h + plane.row, step = im.channels_last ? s.channels : 1;
-        if (h < 0 || h >= im.height) return;
+        const int64_t image = floor_div(row - grid.top, grid.height), h = (row - image * grid.height) * s.stride_h + plane.row;
+        const int64_t step = im.channels_last ? s.channels : 1, to = p * plane_size + (row - first_row) * grid.width;
+        if (image < 0 || image >= images || h < 0 || h >= im.height) {
+            if (grid.shifted) runs.push_back({to, 0, 0, 0, grid.width});
+            return;
+        }
         const int64_t begin = std::clamp<int64_t>(ceil_div(-plane.column, s.stride_w), 0, grid.width);
         const int64_t end = std::clamp(ceil_div(im.width - plane.column, s.stride_w), begin, grid.width);
-        const int64_t from = row / grid.height * s.channels * im.height * im.width;
-        Run run{p * plane_size + (row - first_row) * grid.width + begin, from + (h * im.width + begin * s.stride_w + plane.column) * step,
-                end - begin, grid.shifted ? begin : 0, grid.shifted ? grid.width - end : 0};
+        const int64_t first = image * s.channels * im.height * im.width;
+        Run run{to + begin, first + (h * im.width + begin * s.stride_w + plane.column) * step, end - begin,
+                grid.shifted ? begin : 0, grid.shifted ? grid.width - end : 0};
         if (!runs.empty() && s.stride_w == 1 && run.before == 0) {
             Run& previous = runs.back();
             if (previous.behind == 0 && previous.to + previous.pixels == run.to && previous.from + previous.pixels * step == run.from) {
@@ -194,7 +201,7 @@ struct PixelTask {
             if (!last) kept.y = nullptr;
             for (const Group& g : block.groups) {
                 const Mask* inside = masks + g.position * V;
-                const float* from = tile.at(planes, g.position) + k * V * LANES;
+                const float* from = planes + tile.offsets[g.position] + k * V * LANES;
                 if (all(inside, V)) multiply<V, false>(g, from, tile.stride, inside, w, channels, kept);
                 else multiply<V, true>(g, from, tile.stride, inside, w, channels, kept);
                 w += channels * g.size;
@@ -205,24 +212,18 @@ struct PixelTask {
     // The same filter after filter: each is written once.
     template <int V>
     void add_by_filter(const float* planes, float* sums) const {
-        const PixelGrid& grid = tile.grid;
         const int64_t channels = layer.shape.channels;
         const float* w = block.weights.data();
         for (auto group = block.groups.begin(); group != block.groups.end();) {
             auto end = group;
             while (end != block.groups.end() && end->rows[0] == group->rows[0]) ++end;
             for (int64_t k = 0; k < tile.blocks; ++k) {
-                const Mask* masks = &grid.masks[(tile.first + k) * grid.positions.size() * V];
                 const Sums kept = sums_at(k, sums);
                 vec sum[V];
                 for (vec& v : sum) v = vec{} + kept.bias[group->rows[0]];
                 const float* stripe = w;
-                for (auto g = group; g != end; ++g, stripe += channels) {
-                    const Mask* inside = masks + g->position * V;
-                    const float* from = tile.at(planes, g->position) + k * V * LANES;
-                    if (all(inside, V)) accumulate<V, false>(sum, from, tile.stride, inside, stripe, channels);
-                    else accumulate<V, true>(sum, from, tile.stride, inside, stripe, channels);
-                }
+                for (auto g = group; g != end; ++g, stripe += channels)
+                    accumulate<V>(sum, planes + tile.offsets[g->position] + k * V * LANES, tile.stride, stripe, channels);
                 for (int v = 0; v < V; ++v)
                     if (kept.y) write(kept, group->rows[0], v, sum[v]);
                     else store(kept.tile + group->rows[0] * kept.pitch + v * LANES, sum[v]);
