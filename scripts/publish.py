@@ -1,10 +1,13 @@
 """Publish measured results: copy records of finished runs, and write README's tables from them.
 
-    python scripts/publish.py add TABLE RUN_DIR...   copy their record.json to outputs/published/TABLE/
-    python scripts/publish.py readme [--check]       write README's generated parts, or fail if they differ
+    python scripts/publish.py add TABLE RUN_DIR...   copy the records there to outputs/published/TABLE/
+    python scripts/publish.py readme [--check]       write tables, plots and README's generated parts, or
+                                                     fail if they differ
+    python scripts/publish.py picture                photograph the report page of `lenet` (needs chromium)
 
 Every measured number in README stands between `<!-- NAME -->` and `<!-- /NAME -->` and comes from
-outputs/published/NAME: nobody types it.
+outputs/published/NAME: nobody types it. The tables in REPORTS have files of their own beside their
+records: report.md, report.csv and plots.
 """
 
 import argparse
@@ -13,7 +16,9 @@ import io
 import json
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +26,13 @@ from pathlib import Path
 from rich.console import Console
 
 from prune_cli.record import Record
+from prune_cli.report.collect import collect
+from prune_cli.report.formats import to_csv, to_markdown
+from prune_cli.report.page import to_html
+from prune_cli.report.plots import plots
 from prune_cli.report.stages import render
 from prune_cli.report.summary import spread, summary_markdown
+from prune_cli.report.table import ReportTable, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "outputs/published"
@@ -32,10 +42,10 @@ README = ROOT / "README.md"
 def add(table: str, run_dirs: Sequence[Path]) -> None:
     """Copy the records, one file per seed and setting."""
     folder = PUBLISHED / table
-    for run_dir in run_dirs:
-        record = Record.read(run_dir / "record.json")
-        if record.status != "complete":
-            sys.exit(f"{run_dir}: {record.status}, not published")
+    for run in collect(run_dirs):
+        record = run.record
+        if not run.complete:
+            sys.exit(f"{run.path}: {record.status}, not published")
         overrides = "_".join(word for word in record.command.split()[1:] if not word.startswith("runtime."))
         name = re.sub(r"[^\w.=,-]+", "-", overrides) or "default"
         record.write(folder / f"{name}.json")
@@ -121,6 +131,37 @@ def kernels(table: str) -> str:
     return "\n".join(lines) + f"\n\nfloat32, batch {groups[min(groups)][0]['batch']}, {where}.\n"
 
 
+def report(table: str) -> str:
+    """The published table that the records reproduce, as `prune-cli report` shows it, and seed by seed
+    the rows whose mean is worse than the paper's number by more than a point."""
+    found = _report(table)
+    worse = [row for row in found.rows if row.deviation and row.deviation[0] < -1]
+    said = [f"{row.label}: {', '.join(f'{value:.2f}' for value in row.final)}" for row in worse]
+    return to_markdown(found, level=0) + (f"\nSeed by seed, {'; '.join(said)} %.\n" if said else "")
+
+
+def _report(table: str) -> ReportTable:
+    (found,) = tables(collect([PUBLISHED / table]))
+    return found
+
+
+def report_files(table: str) -> dict[Path, str]:
+    """The table's files, by path."""
+    found, folder = _report(table), PUBLISHED / table
+    plotted = {folder / f"{name}.svg": svg for name, svg in plots(found).items() if name == "macs"}
+    return {folder / "report.md": to_markdown(found), folder / "report.csv": to_csv([found]), **plotted}
+
+
+def picture() -> None:
+    """outputs/published/report.png: the report page of the records of `lenet`, first row opened."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        page.write_text(to_html([_report("lenet")]).replace("<details>", "<details open>", 1), encoding="utf-8")
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,1480"]
+        command = ["chromium", *options, f"--screenshot={PUBLISHED / 'report.png'}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True)
+
+
 def _where(machine: dict) -> str:
     return f"{machine['cpu']}, {machine['threads']} threads"
 
@@ -134,7 +175,10 @@ PARTS: dict[str, tuple[Callable[[str], str], str]] = {
     "training-speed": (benchmark, "training_speed"),
     "kernel-speed": (kernels, "bench_kernel"),
     "merging-speed": (merging, "merging_speed"),
+    "lenet-checkpoint": (report, "lenet_checkpoint"),
+    "lenet": (report, "lenet"),
 }
+REPORTS = ("lenet_checkpoint", "lenet")
 
 
 def generated(readme: str) -> str:
@@ -154,16 +198,32 @@ def main() -> None:
     adding = commands.add_parser("add")
     adding.add_argument("table")
     adding.add_argument("run_dirs", nargs="+", type=Path)
+    commands.add_parser("picture")
     writing = commands.add_parser("readme")
     writing.add_argument("--check", action="store_true", help="write nothing, exit with 1 where README differs")
     arguments = parser.parse_args()
     if arguments.command == "add":
         return add(arguments.table, arguments.run_dirs)
-    old = README.read_text(encoding="utf-8")
-    new = generated(old)
-    if arguments.check:
-        sys.exit(0 if new == old else "README.md differs from outputs/published: run scripts/publish.py readme")
-    README.write_text(new, encoding="utf-8")
+    if arguments.command == "picture":
+        return picture()
+    new = {README: generated(README.read_text(encoding="utf-8"))}
+    for table in REPORTS:
+        new |= report_files(table)
+    changed = [path for path, text in new.items() if not _stands(path, text)]
+    if arguments.check and changed:
+        sys.exit(f"{', '.join(p.name for p in changed)}: not what outputs/published says; run scripts/publish.py readme")
+    for path in [] if arguments.check else changed:
+        path.write_text(new[path], encoding="utf-8")
+
+
+def _stands(path: Path, text: str) -> bool:
+    """Whether the file has this text. A plot is compared where the same matplotlib would draw it."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if path.suffix == ".svg":
+        drawn_by = re.compile(r"<dc:title>(.*?)</dc:title>")
+        old_by, new_by = (match[1] if (match := drawn_by.search(svg)) else "" for svg in (old, text))
+        return old == text or (old_by != "" and old_by != new_by)
+    return old == text
 
 
 if __name__ == "__main__":

@@ -83,7 +83,6 @@ def test_the_pipeline_runs_and_a_second_run_trains_nothing(experiment, tmp_path)
     assert [replace(s, cached=False) for s in second.stages] == list(first.stages)
 
 
-@pytest.mark.parametrize("experiment", ["TinyVGG", "TinyResNet"], indirect=True)  # about keys, not about networks
 def test_warm_and_cold_store_agree(experiment, tmp_path):
     """A ratio sweep that finds its training in the store ends where a run from nothing ends."""
     other = replace(experiment, ratio=0.3)

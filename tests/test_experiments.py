@@ -151,7 +151,7 @@ def test_a_table_ends_with_itself_and_its_rows_run_alone(run, tmp_path):
     code, out, err = run(f"experiment={EXAMPLE}", *QUICK, *small)
     assert code == 0, err
     (report,) = (tmp_path / "outputs/reports").iterdir()
-    rows = list(csv.DictReader((report / "report.csv").open()))
+    rows = list(csv.DictReader((report / "report.csv").read_text().splitlines()))
     assert [(row["row"], row["n"], row["paper_accuracy_percent"]) for row in rows] == [("prune_50", "2", "88.4"), ("merge_50", "2", "88.69")]
     assert "deviation_points" in rows[0] and "Neuron merging, LeNet-300-100" in out
     records = [json.loads(file.read_text()) for file in tmp_path.glob("outputs/runs/*/*/record.json")]

@@ -29,6 +29,16 @@ def test_the_main_job_keeps_its_promise():
     assert all(record.obtained >= record.requested for record in records)
 
 
+def test_the_authors_checkpoint_gives_the_authors_numbers():
+    """To the printed digit, in every row."""
+    records = [Record.read(path) for path in (ROOT / "outputs/published/lenet_checkpoint").glob("*.json")]
+    assert len(records) == 8
+    for record in records:
+        paper = record.reference.paper
+        assert round(100 * record.stage("dense").accuracy, 2) == paper.dense
+        assert round(100 * record.objective, 2) == paper.accuracy
+
+
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.name)
 def test_published_records_are_complete_and_say_where_they_come_from(path):
     record = Record.read(path)

@@ -29,7 +29,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 } td:first-ch
 td.paper, th.paper { color: var(--accent) } td small { color: var(--quiet); font-size: 12px }
 tr.failed td { color: var(--bad) }
 ul.notes { color: var(--quiet); font-size: 13px; margin: 16px 0 0; padding: 0; list-style: none }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 18px; margin: 22px 0 8px }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 18px; margin: 22px 0 8px }
 .plots svg { width: 100%; height: auto }
 details { border-top: 1px solid var(--line); padding: 9px 0 } details:first-of-type { margin-top: 18px }
 summary { cursor: pointer; font-weight: 600; font-size: 14px } summary span { color: var(--quiet); font-weight: 400 }
@@ -115,14 +115,16 @@ def _layers(record: Record) -> str:
             bars.append(
                 f'<rect x="{i * step + 10 * j}" y="{height - size:.1f}" width="10" height="{size:.1f}" fill="{color}"/>'
             )
-        bars.append(f'<rect x="{i * step}" y="0" width="{step - 4}" height="{height}" fill="transparent">'
-                    f"<title>{escape(': '.join((told[0], ', '.join(told[1:]))))}</title></rect>")
+        told = escape(f"{told[0]}: {', '.join(told[1:])}")
+        box = f'x="{i * step}" y="0" width="{step - 4}" height="{height}"'
+        bars.append(f'<rect {box} fill="transparent"><title>{told}</title></rect>')
     seed = "" if record.seed is None else f", seed {record.seed}"
     return (
         f'<h3>Removed from each layer{seed}<span class="key" style="background:var(--gone)"></span>parameters'
         f'<span class="key" style="background:var(--accent)"></span>MACs</h3>'
-        f'<svg class="bars" viewBox="0 0 {len(layers) * step} {height}" preserveAspectRatio="none">{"".join(bars)}</svg>'
-    )  # fmt: skip
+        f'<svg class="bars" viewBox="0 0 {max(len(layers), 12) * step} {height}" preserveAspectRatio="none">'
+        f"{''.join(bars)}</svg>"
+    )
 
 
 def _skeletons(layers: Iterable[LayerChange]) -> str:
@@ -134,8 +136,8 @@ def _skeletons(layers: Iterable[LayerChange]) -> str:
             continue
         side = len(positions)
         cells = "".join(
-            f'<rect x="{x}" y="{y}" width="1" height="1" fill="rgb({shade},{shade},{shade})"><title>{kept:.0%}</title></rect>'
-            for y, line in enumerate(positions) for x, kept in enumerate(line) for shade in [round(255 * kept)]
+            f'<rect x="{x}" y="{y}" width="1" height="1" fill="{_grey(kept)}"><title>{kept:.0%}</title></rect>'
+            for y, line in enumerate(positions) for x, kept in enumerate(line)
         )  # fmt: skip
         drawn.append(
             f'<figure><svg width="48" height="48" viewBox="-.1 -.1 {side + .2} {side + .2}">'
@@ -144,4 +146,10 @@ def _skeletons(layers: Iterable[LayerChange]) -> str:
         )
     if not drawn:
         return ""
-    return f'<h3>What is kept at each position of the kernel, white = in every filter</h3><div class="skeletons">{"".join(drawn)}</div>'
+    heading = "<h3>What is kept at each position of the kernel, white = in every filter</h3>"
+    return f'{heading}<div class="skeletons">{"".join(drawn)}</div>'
+
+
+def _grey(strength: float) -> str:
+    """Black at 0, white at 1."""
+    return "#" + 3 * f"{round(255 * strength):02x}"

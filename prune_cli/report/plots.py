@@ -34,8 +34,8 @@ def _plot(
     table: ReportTable, label: str, of: Callable[[Row], Figures | None],
     of_dense: Callable[[Row], Figures | None] = lambda row: (100.0,),
 ) -> str:
-    """Top-1 of every row over a figure of its network, the dense networks for comparison; error bars
-    are standard deviations over seeds. Empty where there is nothing to plot."""
+    """Top-1 of every row over a figure of its network, the dense networks and the paper's accuracies
+    for comparison; error bars are standard deviations over seeds. Empty where there is nothing to plot."""
     points = [(row, of(row)) for row in table.rows if of(row) and row.final]
     if not points:
         return ""
@@ -52,10 +52,15 @@ def _plot(
             x, dx = zip(*(_spread(values) for _, values in rows))
             y, dy = zip(*(_spread(row.final) for row, _ in rows))
             axes.errorbar(x, y, xerr=dx, yerr=dy, fmt="o-", color=color, label=name, capsize=2, lw=1.4, ms=5, alpha=0.9)
+            printed = [(at, row.paper.accuracy) for at, (row, _) in zip(x, rows) if row.on_the_papers_data]
+            if printed:
+                axes.plot(*zip(*printed), "x", color=color, ms=6, mew=1.6)
         dense = {(of_dense(row), row.accuracy("dense")) for row, _ in points}
         dense = {(_spread(x)[0], _spread(y)[0]) for x, y in dense if x and y}
         if dense:
             axes.plot(*zip(*sorted(dense)), "s", color="#222222", ms=6, label="dense", mfc="none")
+        if any(row.on_the_papers_data for row, _ in points):
+            axes.plot([], [], "x", color="#555555", label="the paper")
         axes.set(xlabel=label, ylabel="top-1 %")
         axes.grid(alpha=0.25, lw=0.6)
         axes.legend(frameon=False, fontsize=8)

@@ -16,7 +16,7 @@ from prune_cli.published import PaperNumbers, Reference
 from prune_cli.record import Record, StageResult
 from prune_cli.report.collect import Run
 from prune_cli.report.counting import NAMES, last, macs_removed, parameters_removed
-from prune_cli.report.stages import DENSE, ENDINGS, ORDER, measured_speedup, theoretical_speedup
+from prune_cli.report.stages import DENSE, ENDINGS, ORDER, TARGETS, measured_speedup, theoretical_speedup
 from prune_cli.report.summary import spread
 
 Figures = tuple[float, ...]  # one value per seed
@@ -70,13 +70,19 @@ class Row:
         )  # fmt: skip
 
     @property
+    def on_the_papers_data(self) -> bool:
+        """Whether the paper prints an accuracy that ours can be compared with."""
+        printed = self.paper is not None and self.paper.accuracy is not None
+        return printed and _dataset(self.first) == self.first.reference.dataset
+
+    @property
     def deviation(self) -> tuple[float, str] | None:
         """Our mean against the paper's number in points, above 0 = better, and what was compared:
         the accuracy on the paper's data set, elsewhere (or where that is all it prints) the drop."""
-        reference, paper = self.first.reference, self.paper
+        paper = self.paper
         if paper is None or self.final is None:
             return None
-        if paper.accuracy is not None and _dataset(self.first) == reference.dataset:
+        if self.on_the_papers_data:
             return mean(self.final) - paper.accuracy, "accuracy"
         lost = paper_drop(paper)
         return None if lost is None or self.drop is None else (lost - mean(self.drop), "drop")
@@ -224,7 +230,8 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     return [
         text("row", "row" if referenced else "method", "run", lambda row: row.label),
         *_names(rows, text, referenced),
-        number("ratio_percent", "ratio\n%", "run", lambda row: row.over_seeds(lambda r: _percent(r.requested))),
+        number("ratio_percent", "ratio\n%", "run", lambda row: row.over_seeds(lambda r: _percent(_ratio(r)))),
+        text("ratio_of", "of", "run", lambda row: TARGETS.get(row.first.target, "") if row.runs else ""),
         text("n", "n", "run", lambda row: str(len(row.runs)) if row.runs else ""),
         *(
             number(f"{stage}_percent", f"{stage}\n%", "accuracy", lambda row, stage=stage: row.accuracy(stage))
@@ -233,6 +240,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         number("drop_points", "drop", "accuracy", lambda row: row.drop),
         of_paper("paper_accuracy_percent", "paper\n%", "accuracy", "accuracy_std"),
         of_paper("paper_pruned_percent", "paper,\npruned %", "pruned"),
+        of_paper("paper_scratch_percent", "paper,\nscratch %", "scratch"),
         Column("paper_drop_points", "paper,\ndrop", "paper", tuple(_paper_drop_cell(row.paper) for row in rows)),
         Column("deviation_points", "devia-\ntion", "paper", tuple(_deviation_cell(row) for row in rows)),
         number("parameters_removed_percent", "params\nremoved %", "size", _removed(parameters_removed)),
@@ -280,7 +288,8 @@ def _timed(batch: int, number: Callable[..., Column]) -> list[Column]:
     return [
         number(f"latency_batch_{batch}_ms", f"ms at\nbatch {batch}", "latency",
                lambda row: row.over_seeds(lambda record: milliseconds(record, batch))),
-        number(f"speedup_batch_{batch}", f"speedup\nbatch {batch}", "latency", lambda row: row.over_seeds(speedup), "x"),
+        number(f"speedup_batch_{batch}", f"speedup\nbatch {batch}", "latency",
+               lambda row: row.over_seeds(speedup), "x"),
     ]  # fmt: skip
 
 
@@ -390,6 +399,11 @@ def _where(record: Record) -> str:
     machine = record.machine
     device = machine.get("gpu") if machine.get("device", "cpu") != "cpu" else machine.get("cpu")
     return f"{device}, {machine.get('threads')} threads, torch {record.versions.get('torch')}." if device else ""
+
+
+def _ratio(record: Record) -> float | None:
+    """The fraction that was to go: of the units as selected, where ratios differ by layer too; else of the target."""
+    return record.requested if record.target == "units" else record.ratio
 
 
 def _method(record: Record) -> str:
