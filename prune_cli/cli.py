@@ -16,13 +16,11 @@ from importlib import import_module
 from string import Template
 
 from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import _run_hydra, create_config_search_path, get_args_parser
-from hydra.core.config_search_path import SearchPathQuery
+from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.utils import env_override, setup_globals
 from omegaconf import OmegaConf
 
-from prune_cli.compose import CONF, Composer, first_line, spelled
+from prune_cli.compose import CONF, Composer, first_line, loader, spelled
 from prune_cli.errors import UserError
 from prune_cli.job import INTERRUPTED, hydra_job, say
 from prune_cli.rows import of_one_row, table_of
@@ -68,7 +66,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.config_path is not None:
         raise UserError("--config-path: the settings of prune-cli cannot be replaced; --config-dir adds to them")
     config_name = arguments.config_name or "config"
-    composer = Composer(_loader(arguments.config_dir), config_name)
+    composer = Composer(loader(arguments.config_dir), config_name)
     if arguments.help:
         print(_help(composer))
         return 0
@@ -95,14 +93,3 @@ def _help(composer: Composer) -> str:
     groups = {name: options for name, options in composer.groups.items() if not name.startswith("hydra/")}
     listed = "\n".join(f"  {name + ':':<12}{', '.join(options)}" for name, options in groups.items())
     return Template(text).substitute(APP_CONFIG_GROUPS=listed)
-
-
-def _loader(config_dir: str | None) -> ConfigLoaderImpl:
-    """The loader that Hydra is going to use."""
-    search_path = create_config_search_path(str(CONF))
-    if config_dir is not None:
-        if not os.path.isdir(config_dir):
-            raise UserError(f"--config-dir={config_dir}: there is no such folder")
-        folder = f"file://{os.path.abspath(config_dir)}"
-        search_path.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
-    return ConfigLoaderImpl(search_path)

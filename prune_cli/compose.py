@@ -4,6 +4,7 @@ Hydra composes; where it refuses, the override at fault is found here, since Hyd
 take many lines and suggest `+key`, which is never right in this program. No torch.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -26,6 +29,17 @@ _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 OPEN = "model.arguments."  # the arguments of a user's own network are settings that no file lists
+
+
+def loader(config_dir: str | None = None) -> ConfigLoaderImpl:
+    """The loader that Hydra is going to use. Raises UserError: `config_dir` is no folder."""
+    search_path = create_config_search_path(str(CONF))
+    if config_dir is not None:
+        if not os.path.isdir(config_dir):
+            raise UserError(f"--config-dir={config_dir}: there is no such folder")
+        folder = f"file://{os.path.abspath(config_dir)}"
+        search_path.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
+    return ConfigLoaderImpl(search_path)
 
 
 class Composer:

@@ -393,8 +393,9 @@ def _given(shop: Workshop, stage: str, path: Path) -> Made:
 
 def _cut(model: nn.Module, masks: Masks, units: Mapping[str, str]) -> surgery.Cut:
     """Cut, pack again what was packed before, and verify."""
-    small = packed(surgery.cut(model, masks), units)
-    surgery.verify(surgery.mask(model, masks), small)
+    masked, small = surgery.masked_and_cut(model, masks)
+    small = packed(small, units)
+    surgery.verify(masked, small)
     return small
 
 

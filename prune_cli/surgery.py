@@ -63,39 +63,63 @@ class Cut:
 
 def mask(model: nn.Module, masks: Masks) -> nn.Module:
     """A plain copy of the network with all removed units at zero."""
-    model = plain(model)
-    _zero_units(model, masks)
-    graph = ChannelGraph(model)
-    removed = _outputs_of(graph, _dead_channels(graph, masks))
-    _zero_channels(model, _unselected(model, masks))
-    _zero_channels(model, removed)
-    for gap in _gaps(graph, masks, removed):
-        _zero_channels(model, gap.outputs)
-    return model
+    return _masked(model, masks)[0]
 
 
 def cut(model: nn.Module, masks: Masks) -> Cut:
     """A plain copy of the network without the removed units.
 
     Dead filters inside a residual sum go one by one, or as stripes; those of a grouped convolution
-    stay as zeros.
+    stay as zeros, unless whole groups of it die with what they read.
     """
+    return _cut(*_masked(model, masks), masks)
+
+
+def masked_and_cut(model: nn.Module, masks: Masks) -> tuple[nn.Module, Cut]:
+    """Both, for which the network is traced once."""
+    masked, removal = _masked(model, masks)
+    return masked, _cut(copy.deepcopy(masked), removal, masks)
+
+
+@dataclass(frozen=True)
+class _Removal:
+    """What goes, per layer, in the coordinates of the network before the cut.
+
+    removed     channels that a layer writes or norms
+    unread      channels that it reads and nobody writes any more
+    gaps        filters that die while other layers go on writing their channels
+    unselected  channels of a norm on a stream that the layers behind it no longer read
+    """
+
+    removed: dict[str, list[int]]
+    unread: dict[str, list[int]]
+    gaps: list["_Gap"]
+    unselected: dict[str, list[int]]
+
+
+def _masked(model: nn.Module, masks: Masks) -> tuple[nn.Module, _Removal]:
     model = plain(model)
     _zero_units(model, masks)
     graph = ChannelGraph(model)
     dead = _dead_channels(graph, masks)
-    removed, unread = _outputs_of(graph, dead), _inputs_of(graph, dead)  # before any removal: in the old coordinates
-    gaps = _gaps(graph, masks, removed)
-    unselected = _unselected(model, masks)
-    _zero_channels(model, unselected)
-    _zero_channels(model, removed)
+    removed = united(graph.outputs(group, channels) for group, channels in dead)
+    unread = united(graph.inputs(group, channels) for group, channels in dead)
+    removal = _Removal(removed, unread, _gaps(graph, masks, removed), _unselected(model, masks))
+    for outputs in (removal.unselected, removed, *(gap.outputs for gap in removal.gaps)):
+        _zero_channels(model, outputs)
+    return model, removal
+
+
+def _cut(model: nn.Module, removal: _Removal, masks: Masks) -> Cut:
+    """Of the masked network, in place."""
+    removed, unread, unselected = removal.removed, removal.unread, removal.unselected
     for name in removed.keys() | unread.keys():
         take_out(model.get_submodule(name), removed.get(name, ()), unread.get(name, ()))
-    for gap in gaps:
+    for gap in removal.gaps:
         _close(model, gap, removed.get(gap.layer, []))
         removed = united([removed, gap.outputs])
     remaining = _remap(masks, removed, unread)
-    renamed = {gap.last: f"{gap.last}.layer" for gap in gaps}
+    renamed = {gap.last: f"{gap.last}.layer" for gap in removal.gaps}
     if unselected:
         keep = {name: remaining.keep.pop(name) for name in unselected if name in remaining.keep}
         keep = {name: kept for name, kept in keep.items() if kept.any()}  # else it stays, and emits zeros
@@ -210,16 +234,6 @@ def _unselected(model: nn.Module, masks: Masks) -> dict[str, list[int]]:
     """Per masked batch norm the channels that the layers behind it no longer read."""
     norms = [name for name in masks.keep if isinstance(model.get_submodule(name), _NormBase)]
     return {name: (~masks.keep[name]).nonzero().flatten().tolist() for name in norms}
-
-
-def _outputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]]) -> dict[str, list[int]]:
-    """Per layer the output channels that are among the dead ones of any group."""
-    return united(graph.outputs(group, channels) for group, channels in dead)
-
-
-def _inputs_of(graph: ChannelGraph, dead: list[tuple[ChannelGroup, list[int]]]) -> dict[str, list[int]]:
-    """Per layer the input channels that nobody writes any more."""
-    return united(graph.inputs(group, channels) for group, channels in dead)
 
 
 def _zero_channels(model: nn.Module, outputs: dict[str, list[int]]) -> None:
