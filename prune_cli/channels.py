@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli.evaluation import evaluating
 from prune_cli.slicing import block_size, follows
-from prune_cli.tracing import Trace, writes
+from prune_cli.tracing import OUTPUT, Trace, writes
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,17 @@ class ChannelGraph:
         if group.block > 1:
             return f"a grouped convolution reads its channels in blocks of {group.block}"
         return f"a residual sum shares its channels with {others}" if others else None
+
+    def why_not_for_itself(self, layer: str) -> str | None:
+        """Why the layer's filters cannot be removed where other layers go on writing their channels; None = they
+        can, and what is left is put back at its places."""
+        module, group = self.model.get_submodule(layer), self.of(layer)
+        if group is None or group.blocked == OUTPUT:
+            return self.why_not_alone(layer)
+        if not isinstance(module, nn.Conv2d):
+            return "not a convolution"
+        grouped = "depthwise" if block_size(module) == 1 else "a grouped convolution"
+        return grouped if module.groups > 1 else None
 
     def outputs(self, group: ChannelGroup, channels: Sequence[int]) -> dict[str, list[int]]:
         """The output channels of every producer and norm that are these `channels` of the group."""

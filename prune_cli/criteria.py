@@ -20,8 +20,8 @@ def distance_sum(weight: Tensor) -> Tensor:
     The filters nearest to the geometric median have the smallest sums and are the replaceable
     ones: FPGM (He et al., CVPR 2019), equation 4.
     """
-    flat = weight.detach().float().flatten(1)
-    return torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+    flat = weight.detach().double().flatten(1)  # so that the product of matrices, the fast way, is exact enough
+    return torch.cdist(flat, flat, compute_mode="use_mm_for_euclid_dist").sum(1).float()
 
 
 Criterion = Literal["l1", "l2", "geometric_median"]

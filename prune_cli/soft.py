@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from prune_cli.channels import ChannelGraph
 from prune_cli.hooks import Progress
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod
@@ -48,13 +49,12 @@ class SoftPruning(PruningMethod):
         return self.ratio
 
     def candidates(self, model: nn.Module) -> Mapping[str, nn.Module | Skip]:
-        return {name: self._candidate(name, layer) for name, layer in weighted(model).items()}
+        graph = ChannelGraph(model)
+        return {name: self._candidate(graph, name, layer) for name, layer in weighted(model).items()}
 
-    def _candidate(self, name: str, layer: nn.Module) -> nn.Module | Skip:
-        if isinstance(layer, nn.Linear):
-            return Skip("fully connected")
-        if layer.groups > 1:
-            return Skip("depthwise" if layer.groups == layer.in_channels else "a grouped convolution")
+    def _candidate(self, graph: ChannelGraph, name: str, layer: nn.Module) -> nn.Module | Skip:
+        if reason := graph.why_not_for_itself(name):
+            return Skip(reason)
         spared = self.exclude is None and named_by(SHORTCUTS, name)
         return Skip("in a shortcut; method.exclude=[] prunes it too") if spared else layer
 

@@ -265,8 +265,9 @@ def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The output of every layer that has parameters, in order of execution; "" is the network's."""
     outputs: dict[str, Tensor] = {}
     names = {module: name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))}
+    # A copy: an activation that works in place comes next, and not in both networks upon the same tensor.
     handles = [
-        module.register_forward_hook(lambda m, _, y: outputs.setdefault(names[m], y.detach())) for module in names
+        module.register_forward_hook(lambda m, _, y: outputs.setdefault(names[m], y.detach().clone())) for module in names
     ]
     try:
         with evaluating(model):

@@ -42,8 +42,7 @@ from prune_cli import surgery
 from prune_cli.build import build
 from prune_cli.channels import ChannelGraph
 from prune_cli.checkpoint import load_model, save_model
-from prune_cli.cli import loader
-from prune_cli.compose import CONF, Composer
+from prune_cli.compose import CONF, Composer, loader
 from prune_cli.environment import machine, versions
 from prune_cli.errors import StageError, UserError
 from prune_cli.evaluation import evaluating

@@ -50,14 +50,14 @@ class NetworkSlimming(PruningMethod):
     def candidates(self, model: nn.Module) -> Mapping[str, Tensor | Skip]:
         """(O,) |gamma| of the batch norm behind every prunable layer, and of those on a stream by their own name."""
         graph, norms = ChannelGraph(model), _scaled_norms(model)
-        found = {name: self._candidate(graph, norms, name, layer) for name, layer in weighted(model).items()}
+        found = {name: self._candidate(graph, norms, name) for name in weighted(model)}
         return found | {name: norms[name].weight.detach().abs() for name in stream_norms(model)}
 
-    def _candidate(
-        self, graph: ChannelGraph, norms: Mapping[str, nn.Module], name: str, layer: nn.Module
-    ) -> Tensor | Skip:
-        alone = self.residual and isinstance(layer, nn.Conv2d) and layer.groups == 1
-        if not alone and (reason := graph.why_not_alone(name)):
+    def _candidate(self, graph: ChannelGraph, norms: Mapping[str, nn.Module], name: str) -> Tensor | Skip:
+        reason = graph.why_not_alone(name)
+        if reason and self.residual:
+            reason = graph.why_not_for_itself(name)
+        if reason:
             return Skip(reason)
         # Not a norm behind a concatenation or a sum: its channels are other layers' too.
         norm = graph.own_norm(name)
