@@ -149,11 +149,13 @@ def verify(masked: nn.Module, small: Cut, tolerance: float = 1e-4) -> None:
         expected, found = _outputs(masked, x), _outputs(small.model, x)
     for old, reference in expected.items():
         name = small.renamed.get(old, old)
-        kept = sorted(set(range(reference.shape[1])) - set(small.removed.get(old, ())))
+        axis = reference.ndim - 1 if isinstance(masked.get_submodule(old), nn.Linear) else 1
+        kept = sorted(set(range(reference.shape[axis])) - set(small.removed.get(old, ())))
+        reference = reference.index_select(axis, torch.tensor(kept, device=reference.device))
         where = f"The cut network differs from the masked one: {old or 'the output'}"
-        if name not in found or reference[:, kept].shape != found[name].shape:
+        if name not in found or reference.shape != found[name].shape:
             raise StageError(f"{where} has another shape than the masks say")
-        difference = _difference(reference[:, kept], found[name])
+        difference = _difference(reference, found[name])
         if not difference <= tolerance:  # also where it is not a number
             raise StageError(f"{where} is off by {difference:.1e} relative, allowed {tolerance:.0e}")
 

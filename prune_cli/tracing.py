@@ -87,8 +87,10 @@ class Trace(tp.DependencyGraph):
             return f"{operation.lower()} makes something of a zero" if constant else None
         if isinstance(module, _ConvNd) and module.groups > 1:
             return None if follows(module) else "a grouped convolution has another number of inputs than of outputs"
-        exact = writes(module) or isinstance(module, (_NormBase, nn.PReLU))
-        return None if exact else f"{type(module).__name__} mixes channels or is not known"
+        if writes(module) or isinstance(module, (_NormBase, nn.PReLU)):
+            return None
+        mixes = "mixes channels" if isinstance(module, (nn.LayerNorm, nn.GroupNorm)) else "is a layer not known here"
+        return f"{type(module).__name__} {mixes}"
 
     def is_gate(self, layer: nn.Module) -> bool:
         """Whether the layer only scales what others write, as the last one of squeeze-and-excitation does."""

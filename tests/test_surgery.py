@@ -353,3 +353,17 @@ def test_verify_leaves_both_networks_as_they_were():
     for net in (masked, small.model):
         assert all(module.training for module in net.modules())
         assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_linear_layers_on_maps_lose_their_channels():
+    model = network("toys.OnMaps")
+    small = compared(model, Masks("filter", {"wide": torch.arange(12) % 3 == 0, "next": torch.arange(5) < 3}, 0.5))
+    assert (small.model.wide.out_features, small.model.narrow.in_features) == (4, 4)
+
+
+def test_activations_in_place_do_not_change_what_is_compared():
+    """Behind a norm that is put back at its places, it no longer works upon the norm's own output."""
+    model = network("tiny.TinyResNet")
+    model.stem[2] = nn.ReLU(inplace=True)
+    keep = {"stem.0": torch.arange(8) < 4, "block1.conv2": torch.arange(8) >= 4}
+    compared(model, Masks("filter", keep, 0.5))
