@@ -267,10 +267,12 @@ def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The output of every layer that has parameters, in order of execution; "" is the network's."""
     outputs: dict[str, Tensor] = {}
     names = {module: name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))}
-    # A copy: an activation that works in place comes next, and not in both networks upon the same tensor.
-    handles = [
-        module.register_forward_hook(lambda m, _, y: outputs.setdefault(names[m], y.detach().clone())) for module in names
-    ]
+
+    def note(layer: nn.Module, _, output: Tensor) -> None:
+        # A copy: behind a scatter, an activation that works in place no longer works upon this tensor.
+        outputs.setdefault(names[layer], output.detach().clone())
+
+    handles = [module.register_forward_hook(note) for module in names]
     try:
         with evaluating(model):
             result = model(x)
