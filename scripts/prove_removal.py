@@ -81,8 +81,7 @@ def convolutional() -> list[str]:
     """torchvision's classification models that contain nn.Conv2d and no attention, the smallest first."""
     models, found = torchvision().models, {}
     for name in models.list_models(module=models):
-        with torch.device("meta"):
-            model = models.get_model(name, weights=None)
+        model = models.get_model(name, weights=None)
         attention = any("attention" in type(module).__name__.lower() for module in model.modules())
         if not attention and any(isinstance(module, nn.Conv2d) for module in model.modules()):
             found[name] = count_parameters(model)

@@ -5,8 +5,10 @@ from typing import Annotated
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from prune_cli.errors import UserError, one_line
+from prune_cli.evaluation import evaluating
 from prune_cli.settings import Choice, Count, nearest
 from prune_cli.vision import torchvision
 
@@ -33,8 +35,8 @@ def classifier(
     Shapes: images (N, channels, resolution, resolution) -> logits (N, classes).
     Raises UserError: unknown weights, a download that failed, images too small for the model.
     """
-    _check_resolution(architecture, channels, resolution, classes)
     model = _made(architecture, classes)
+    _check_resolution(model, architecture, resolution)
     if weights is not None:
         _load(model, architecture, weights)
         if hasattr(model, "transform_input"):
@@ -79,30 +81,28 @@ def _read_channels(model: nn.Module, channels: int) -> None:
     model.set_submodule(name, conv)
 
 
-def _check_resolution(architecture: str, channels: int, resolution: int, classes: int) -> None:
-    with torch.device("meta"):  # shapes only, computes nothing
-        model = _made(architecture, classes).eval()
-        _read_channels(model, channels)
-    reason = _refusal(model, channels, resolution)
+def _check_resolution(model: nn.Module, architecture: str, resolution: int) -> None:
+    reason = _refusal(model, resolution)
     if reason is None:
         return
-    if resolution >= LARGEST or _refusal(model, channels, LARGEST) is not None:
+    if resolution >= LARGEST or _refusal(model, LARGEST) is not None:
         raise UserError(f"model={architecture}: cannot read images of {resolution}x{resolution} pixels ({reason})")
     low, high = resolution, LARGEST
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _refusal(model, channels, middle) else (low, middle)
+        low, high = (middle, high) if _refusal(model, middle) else (low, middle)
     raise UserError(
         f"model={architecture}: needs images of at least {high}x{high} pixels, those of the data set have "
         f"{resolution}x{resolution}"
     )
 
 
-def _refusal(model: nn.Module, channels: int, resolution: int) -> str | None:
-    """Why the model does not read images of this size; None where it does."""
+def _refusal(model: nn.Module, resolution: int) -> str | None:
+    """Why the model does not read colour images of this size; None where it does."""
+    shapes = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}  # computes nothing
     try:
-        with torch.no_grad():
-            model(torch.zeros(2, channels, resolution, resolution, device="meta"))
+        with torch.no_grad(), evaluating(model):
+            functional_call(model, shapes, torch.zeros(2, 3, resolution, resolution, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as problem:
         return one_line(problem)
     return None
