@@ -61,9 +61,11 @@ class ChannelGraph:
         with evaluating(model):
             self._trace = Trace(model)
         self._names = {module: name for name, module in model.named_modules()}
+        self._order = {name: place for place, name in enumerate(self._names.values())}
         self._members: dict[ChannelGroup, list[_Member]] = {}
         described = [self._describe(found) for found in self._trace.get_all_groups()]
-        self.groups = tuple(group for group in described if group.producers)
+        found = (group for group in described if group.producers)
+        self.groups = tuple(sorted(found, key=lambda group: self._order[group.producers[0]]))
         self.pointwise = frozenset(self._names[layer] for layer in self._trace.pointwise)
 
     @property
@@ -82,7 +84,8 @@ class ChannelGraph:
             return "the network never calls it"
         if group.blocked is not None:
             return group.blocked
-        others = ", ".join(name for name in group.sources if name != layer)
+        others = [name for name in group.sources if name != layer]
+        others = f"{others[0]} and {len(others) - 1} more" if len(others) > 2 else " and ".join(others)
         if layer not in group.sources:
             module = self.model.get_submodule(layer)
             grouped = "depthwise" if block_size(module) == 1 else "a grouped convolution"
@@ -158,6 +161,7 @@ class ChannelGraph:
                 producers.append(self._names[module])
             elif written and isinstance(module, _NormBase):
                 norms.append(self._names[module])
+        producers.sort(key=self._order.__getitem__)
         sources = tuple(name for name in producers if self._decides(name))
         blocked = next(filter(None, reasons), None if sources else "no layer of its own writes its channels")
         group = ChannelGroup(tuple(producers), sources, tuple(norms), len(found[0].idxs), block, blocked)

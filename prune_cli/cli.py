@@ -2,6 +2,7 @@
 
     prune-cli method=stripe ratio=0.5        one job
     prune-cli -m ratio=0.3,0.5 seed=0,1      one job for each combination
+    prune-cli plan method=fp ratio=0.5       what would be removed, before any training
     prune-cli bench kernel                   what the stripe-wise kernels are worth on this machine
     prune-cli report outputs/runs            finished runs as one table, beside the paper's numbers
 
@@ -26,7 +27,7 @@ from prune_cli.job import INTERRUPTED, hydra_job, say
 from prune_cli.rows import of_one_row, table_of
 from prune_cli.sweep import sweep
 
-COMMANDS = ("bench", "report")  # modules in commands/, by the first word of the command line
+COMMANDS = ("bench", "plan", "report")  # modules in commands/, by the first word of the command line
 
 
 def main() -> int:

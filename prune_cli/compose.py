@@ -11,6 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -122,6 +123,12 @@ class Composer:
         owners = [f"{group}={line}" for group, options in self.groups.items() if line in options]
         example = owners[0] if owners else "method=stripe"
         return f"{line or chr(39) * 2}: an override is written name=value, for example {example}"
+
+
+def composed(lines: Sequence[str]) -> dict[str, Any]:
+    """The config of a command line that is not Hydra's own. Raises UserError: an override cannot be right."""
+    version.setbase("1.3")
+    return Composer(loader(), "config").compose(lines)
 
 
 def shipped_tables() -> list[Table]:

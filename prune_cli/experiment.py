@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from prune_cli.datasets.dataset import Dataset
 from prune_cli.method import PruningMethod
 from prune_cli.models.spec import ModelSpec
 from prune_cli.published import Reference
+from prune_cli.seeding import derive, seeded
 from prune_cli.settings import Recipe, Runtime, Target
 
 
@@ -36,6 +40,14 @@ class Experiment:
     def round_ratio(self) -> float:
         """The fraction of what is left that each round removes: 1 - (1 - r)^rounds = ratio."""
         return self.ratio if self.rounds == 1 else 1 - (1 - self.ratio) ** (1 / self.rounds)
+
+    def untrained(
+        self, channels: int, resolution: int, classes: int, purpose: str = "initialisation"
+    ) -> nn.Module:
+        """The network at initialisation, the same for every method and stage of this seed, on the CPU; another
+        one for another `purpose`."""
+        with seeded(derive(self.seed, purpose), torch.device("cpu")):
+            return self.model.build(channels, resolution, classes)
 
     @property
     def name(self) -> str:

@@ -157,12 +157,9 @@ class Workshop:
             model = _cut(method.compensate(model, masks), masks, units).model
 
     def untrained(self, purpose: str = "initialisation") -> nn.Module:
-        """The network at initialisation, the same for every method and stage of this seed; another
-        one for another `purpose`."""
+        """The network at initialisation; another one for another `purpose`."""
         splits = self.splits
-        with seeded(derive(self.experiment.seed, purpose), torch.device("cpu")):
-            model = self.experiment.model.build(splits.channels, splits.resolution, splits.classes)
-        return model.to(self.device)
+        return self.experiment.untrained(splits.channels, splits.resolution, splits.classes, purpose).to(self.device)
 
     def trained(self, artifact: Artifact) -> nn.Module:
         """The network of a finished stage."""

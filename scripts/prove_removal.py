@@ -77,15 +77,17 @@ class Row:
     reason: str = ""
 
 
-def convolutional() -> list[str]:
-    """torchvision's classification models that contain nn.Conv2d and no attention, the smallest first."""
-    models, found = torchvision().models, {}
-    for name in models.list_models(module=models):
-        model = models.get_model(name, weights=None)
-        attention = any("attention" in type(module).__name__.lower() for module in model.modules())
-        if not attention and any(isinstance(module, nn.Conv2d) for module in model.modules()):
-            found[name] = count_parameters(model)
-    return sorted(found, key=found.get)
+def by_size() -> list[str]:
+    """torchvision's classification models, those with the fewest parameters first."""
+    models = torchvision().models
+    weights = {name: models.get_model_weights(name) for name in models.list_models(module=models)}
+    return sorted(weights, key=lambda name: next(iter(weights[name])).meta["num_params"])
+
+
+def convolutional(model: nn.Module) -> bool:
+    """Whether the model contains nn.Conv2d and no attention."""
+    attention = any("attention" in type(module).__name__.lower() for module in model.modules())
+    return not attention and any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
 def removing_methods() -> dict[str, PruningMethod]:
@@ -304,6 +306,8 @@ def prove(models: list[str], methods: dict[str, PruningMethod], table: Table, li
         labels = [label for label in [*methods, "Torch-Pruning"] if not table.has(name, label)]
         if not labels:
             continue
+        if not convolutional(torchvision().models.get_model(name, weights=None)):
+            continue
         proof = Proof(name)
         for label in labels:
             file = scratch / f"{name}-{label}.safetensors"
@@ -334,7 +338,7 @@ def main() -> None:
     if arguments.reload:
         return reload(arguments.reload)
     with tempfile.TemporaryDirectory() as scratch:
-        models = arguments.models or convolutional()
+        models = arguments.models or by_size()
         prove(models, removing_methods(), Table(arguments.output), arguments.limit, Path(scratch))
 
 

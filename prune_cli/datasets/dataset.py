@@ -59,6 +59,14 @@ class Dataset(ABC):
         how to get it.
         """
 
+    def shape(self, data_root: Path) -> tuple[int, int, int]:
+        """Channels, resolution and classes; where the settings do not say them, the data are read.
+
+        Raises UserError as `load` does.
+        """
+        splits = self.load(data_root, torch.device("cpu"), validation=0, limit=None, workers=0)
+        return splits.channels, splits.resolution, splits.classes
+
     def settings(self) -> dict[str, Any]:
         """The data set's identity and what it does with its content; part of every result's key.
         Where the files lie is not."""

@@ -44,6 +44,9 @@ class Synthetic(InMemoryDataset):
 
         return images(self.train_size), images(self.test_size)
 
+    def shape(self, data_root: Path) -> tuple[int, int, int]:
+        return self.channels, self.resolution, self.classes
+
     def fingerprint(self, data_root: Path) -> str:
         """Every setting that decides the pixels."""
         decisive = ("channels", "resolution", "classes", "train_size", "test_size", "noise", "seed")

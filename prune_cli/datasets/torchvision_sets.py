@@ -29,6 +29,9 @@ FOLDERS = {
     "CIFAR100": "cifar-100-python",
     "SVHN": "",
 }
+SHAPES = {  # channels, resolution, classes
+    "MNIST": (1, 28, 10), "FashionMNIST": (1, 28, 10), "CIFAR10": (3, 32, 10), "CIFAR100": (3, 32, 100), "SVHN": (3, 32, 10),
+}  # fmt: skip
 # What torchvision's parsers raise for files that are not what their names say.
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AssertionError, EOFError, RuntimeError, pickle.UnpicklingError)
 
@@ -42,6 +45,9 @@ class TorchvisionSet(InMemoryDataset):
     def read(self, data_root: Path) -> tuple[Images, Images]:
         """See `InMemoryDataset`. Raises UserError: absent and not to be downloaded, or damaged."""
         return self._part(data_root, train=True), self._part(data_root, train=False)
+
+    def shape(self, data_root: Path) -> tuple[int, int, int]:
+        return SHAPES[self.source]
 
     def fingerprint(self, data_root: Path) -> str:
         """Fixed by torchvision's checksums, whatever the set is called in a config."""

@@ -1,0 +1,124 @@
+"""`prune-cli plan OVERRIDES`: what a run with these overrides would remove, before any training.
+
+The network is the untrained one, so which filters go is not what training will say; how many go, what
+that saves, and what stays whole for which reason depends on shapes alone, except where layers compete
+in one global ranking.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prune_cli.build import build
+from prune_cli.compose import composed
+from prune_cli.errors import UserError
+
+USAGE = """prune-cli plan [name=value ...]
+
+Prints, before any training, what a run with the same overrides would do: for every layer the group of
+layers that share its channels, the units that would go, parameters and MACs before and after, and where it
+stays whole the reason.
+
+    prune-cli plan method=fp model=resnet56 dataset=cifar10 ratio=0.4
+    prune-cli plan method=fp method.coupled=joint model=torchvision model.name=mobilenet_v2 dataset=cifar10
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `prune-cli plan ARGUMENTS` and return the exit code. Raises UserError as a run would."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return 0
+    experiment = build(composed(arguments))
+    if experiment.base is not None:
+        raise UserError(f"base={experiment.base}: a plan is made of the untrained network, it has no base")
+    show(lines(experiment), experiment)
+    return 0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One layer. `group`: the number that it has in common with the layers whose channels it shares;
+    `units` as (removed, all), None where it stays whole; `reason`: why it does."""
+
+    layer: str
+    shape: str
+    group: str
+    units: tuple[int, int] | None
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    reason: str
+
+
+def lines(experiment) -> list[Line]:
+    """The plan of an experiment: one line per convolution and linear layer, the last for the whole network."""
+    from prune_cli import surgery
+    from prune_cli.budget import Budget
+    from prune_cli.channels import ChannelGraph
+    from prune_cli.metrics.macs import count_parameters, layer_macs
+    from prune_cli.prunable import weighted
+
+    dense = experiment.untrained(*experiment.dataset.shape(Path(experiment.runtime.data_root)))
+    budget = Budget.of(experiment.target, experiment.ratio, dense)
+    method = budget.for_training(experiment.method, dense)
+    skipped = method.prunable(dense).skipped
+    model = method.prepare(dense)
+    budget.check(method, model)
+    masks = budget.select(method, model)
+    masked, small = surgery.masked_and_cut(method.compensate(model, masks), masks)
+    surgery.verify(masked, small)
+
+    graph, before, after = ChannelGraph(dense), *(layer_macs(m, dense.input_shape) for m in (dense, small.model))
+    groups = [group for group in graph.groups if len(group.producers) > 1]
+    shared = {name: str(number) for number, group in enumerate(groups, 1) for name in group.producers}
+    found = []
+    for name, layer in weighted(dense).items():
+        new = small.renamed.get(name, name)
+        keep = masks.keep.get(name)
+        found.append(
+            Line(
+                name, _shape(layer.weight), shared.get(name, ""),
+                None if keep is None else (int((~keep).sum()), keep.numel()),
+                (count_parameters(layer), count_parameters(small.model.get_submodule(new))),
+                (before.get(name, 0), after.get(new, 0)), skipped.get(name, ""),
+            )
+        )  # fmt: skip
+    parameters = count_parameters(dense), count_parameters(small.model)
+    units = (masks.total - sum(int(keep.sum()) for keep in masks.keep.values()), masks.total)
+    return [*found, Line("network", "", "", units, parameters, (sum(before.values()), sum(after.values())), "")]
+
+
+def show(plan: list[Line], experiment) -> None:
+    """Print the lines, and what they come to."""
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    console, table = Console(), Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("layer", "weight", "group"):
+        table.add_column(header, no_wrap=True)
+    for header in (f"{experiment.method.unit}s that go", "params", "MACs"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("stays whole because", no_wrap=True)
+    for line in plan:
+        if line is plan[-1]:
+            table.add_section()
+        units = "" if line.units is None else f"{line.units[0]:,} of {line.units[1]:,}"
+        table.add_row(line.layer, line.shape, line.group, units, _change(line.parameters), _change(line.macs), line.reason)
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
+    console.print(table)
+    whole = plan[-1]
+    less = [100 * (1 - left / dense) for dense, left in (whole.parameters, whole.macs)]
+    print(
+        f"{100 * whole.units[0] / whole.units[1]:.2f}% of the {experiment.method.unit}s go, {less[0]:.2f}% of the parameters "
+        f"and {less[1]:.2f}% of the MACs; requested {100 * experiment.ratio:.2f}% of the {experiment.target}."
+    )
+
+
+def _shape(weight) -> str:
+    return "x".join(map(str, weight.shape))
+
+
+def _change(pair: tuple[int, int]) -> str:
+    return f"{pair[0]:,}" if pair[0] == pair[1] else f"{pair[0]:,} -> {pair[1]:,}"

@@ -1,0 +1,46 @@
+"""A small version of scripts/prove_removal.py: a residual network, depthwise convolutions with gates, a shuffle."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts/prove_removal.py"
+
+
+@pytest.fixture(scope="module")
+def proof():
+    spec = importlib.util.spec_from_file_location("prove_removal", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_methods_are_found_by_their_unit(proof):
+    methods = proof.removing_methods()
+    assert {"fp", "slimming", "sfp"} <= set(methods) and "stripe" not in methods
+    assert methods["fp"].coupled == "joint" and methods["slimming"].residual
+
+
+def test_what_is_convolutional(proof):
+    models = proof.torchvision().models
+    assert proof.convolutional(models.get_model("squeezenet1_1", weights=None))
+    assert not proof.convolutional(models.get_model("vit_b_32", weights=None))
+    assert proof.by_size()[0].startswith("squeezenet")
+
+
+def test_removal_is_lossless_and_resumes(proof, tmp_path):
+    methods = {name: method for name, method in proof.removing_methods().items() if name in ("fp", "slimming")}
+    models = ["mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18"]
+    table = proof.Table(tmp_path / "table")
+    proof.prove(models, methods, table, 100, tmp_path)
+    rows = json.loads((tmp_path / "table/rows.json").read_text())["rows"]
+    ours = [row for row in rows if row["method"] in methods]
+    assert len(ours) == 6 and len(rows) == 9
+    for row in ours:
+        assert not row["reason"], row
+        assert row["channels"] >= 0.3 and row["macs"] > 0 and row["masked"] > 1e-3
+        assert row["difference"] <= 1e-4 and row["reloaded"] <= 1e-4
+    proof.prove(models, methods, proof.Table(tmp_path / "table"), 0, tmp_path)  # nothing is left to do
+    assert json.loads((tmp_path / "table/rows.json").read_text())["rows"] == rows
