@@ -16,7 +16,7 @@ COMMANDS = sorted(set(re.findall(r"`(?:PRUNE_DATA=\S+ )?prune-cli ([^`]+=[^`]*)`
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_readme_composes_and_builds(command, compose, my_net):
     words = shlex.split(command)
-    if "-m" in words:  # of a sweep, the first job
+    if "-m" in words or words[0].startswith("experiment="):  # of a sweep, the first job
         words = [re.sub(r",.*", "", word) for word in words]
     experiment = build(compose(*(word for word in words if "=" in word)))
     assert 0 <= experiment.ratio < 1
