@@ -8,6 +8,7 @@ from torch import nn
 from toys import network
 
 from prune_cli import surgery
+from prune_cli.build import build
 from prune_cli.errors import UserError
 from prune_cli.methods.fp import FilterPruning
 from prune_cli.metrics.macs import count_macs, count_parameters
@@ -170,3 +171,9 @@ def test_published_sizes_of_pfec(target, arguments, ratios, parameters, macs):
     assert count_parameters(small.model) == parameters
     assert f"{count_macs(small.model, (3, 32, 32)) / 1e6:.2f}" == macs
     assert small.masks.keep == {}
+
+
+def test_fine_tuning_of_the_paper_has_no_decay(compose):
+    """PFEC, section 4: 40 epochs at the last learning rate of the training, constant."""
+    finetune = build(compose("method=fp", "recipe=paper")).recipe.finetune
+    assert (finetune.schedule, finetune.lr, finetune.epochs) == ("constant", 1e-3, 40)

@@ -21,6 +21,10 @@ def _network(kind) -> nn.Module:
     return model
 
 
+# Of TinyVGG: the batch norm behind each convolution.
+NORMS = {"features.0": "features.1", "features.3": "features.4", "features.6": "features.7"}
+
+
 def _images() -> torch.Tensor:
     return torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -173,11 +177,31 @@ def test_only_similar_filters_merge_and_never_with_a_negative_scale():
     masks = NeuronMerging().prune(model, 0.5)
     unmerged = NeuronMerging(threshold=1.0).compensate(model, masks)
     assert all(torch.equal(a, b) for a, b in zip(unmerged.parameters(), model.parameters()))
-    for module in model.modules():
-        if isinstance(module, _NormBase):
-            module.weight[::2] *= -1
-    merged = NeuronMerging(threshold=0.0, bn_scale="exact").compensate(model, masks)
+    for name, keep in masks.keep.items():
+        norm = model.get_submodule(NORMS[name])
+        norm.weight.copy_(norm.weight.abs().where(keep, -norm.weight.abs()))
+    for bn_scale in ("exact", "authors"):
+        unmerged = NeuronMerging(threshold=0.0, bn_scale=bn_scale).compensate(model, masks)
+        assert all(torch.equal(a, b) for a, b in zip(unmerged.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("bn_scale", ["exact", "authors"])
+@torch.no_grad()
+def test_scales_and_variances_of_zero_merge_nothing_and_harm_no_other_merge(bn_scale):
+    model = _network(TinyVGG)
+    method = NeuronMerging(threshold=0.0, bn_scale=bn_scale)
+    masks = method.prune(model, 0.5)
+    whole = method.compensate(model, masks)
+    for name, keep in masks.keep.items():
+        norm = model.get_submodule(NORMS[name])
+        removed, kept = (~keep).nonzero().flatten(), keep.nonzero().flatten()
+        norm.weight[removed[0]] = norm.weight[kept[0]] = 0
+        norm.running_var[removed[1]] = norm.running_var[kept[1]] = 0
+    merged = method.compensate(model, masks)
     assert all(p.isfinite().all() for p in merged.parameters())
+    for layer in ("features.3", "features.6", "classifier.1"):
+        before, after = model.get_submodule(layer).weight, merged.get_submodule(layer).weight
+        assert not torch.equal(before, after) and not torch.equal(after, whole.get_submodule(layer).weight)
 
 
 @torch.no_grad()

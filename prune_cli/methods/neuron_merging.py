@@ -78,9 +78,13 @@ class NeuronMerging(FilterMethod):
         best = cosine
         if norm is not None:
             scale, constant = self._behind_norm(norm, removed, kept, scale)
+            # Behind a scale or a variance of zero, as training with a penalty leaves them, nothing is a multiple.
+            valid = scale.isfinite() & constant.isfinite()
             distance = constant.abs() / scale.abs().clamp_min(1e-30)
-            low, high = distance.aminmax(dim=1, keepdim=True)
-            best = -(self.lam * (1 - cosine) + (1 - self.lam) * (distance - low) / (high - low).clamp_min(1e-30))
+            low = distance.where(valid, torch.inf).amin(1, keepdim=True)
+            high = distance.where(valid, -torch.inf).amax(1, keepdim=True)
+            cost = self.lam * (1 - cosine) + (1 - self.lam) * (distance - low) / (high - low).clamp_min(1e-30)
+            best, scale = (-cost).where(valid, -torch.inf), scale.where(valid, -1)
         nearest = best.argmax(1, keepdim=True)
         cosine, scale = cosine.gather(1, nearest).flatten(), scale.gather(1, nearest).flatten()
         # relu(S x) = S relu(x) holds for S >= 0 only

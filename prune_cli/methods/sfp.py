@@ -18,7 +18,7 @@ class SoftFilterPruning(SoftPruning):
 
     norm        which norm
     asymptotic  the fraction grows from 0 to `ratio` along an exponential curve, three quarters of it
-                within an eighth of the training (constants of our own, the authors' code was never
+                within an eighth of the training, all of it before the half (constants of our own, the authors' code was never
                 released). ASFP: He et al., "Asymptotic Soft Filter Pruning for Deep Convolutional
                 Neural Networks", IEEE Transactions on Cybernetics 2019
     """
@@ -32,5 +32,6 @@ class SoftFilterPruning(SoftPruning):
     def rate(self, progress: Progress) -> float:
         if not self.asymptotic:
             return self.ratio
-        # 1 - 4^-8t is three quarters at t = 1/8; divided by its value at 1, where it ends at `ratio`.
-        return self.ratio * (1 - 4 ** (-8 * progress.step / progress.steps)) / (1 - 4**-8)
+        # 1 - 4^-8t is three quarters at t = 1/8. It comes near 1 only at the end, where the last filter of
+        # a layer would go after the last step, never to be trained without; so all are gone at 99 %.
+        return self.ratio * min(1.0, (1 - 4 ** (-8 * progress.step / progress.steps)) / 0.99)
