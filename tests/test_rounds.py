@@ -19,6 +19,7 @@ from prune_cli.models.spec import ModelSpec
 from prune_cli.pipeline import run
 from prune_cli.record import Record
 from prune_cli.repeated import lifted, packed, packing, unpacked, zeros
+from prune_cli.report.stages import sentences
 from prune_cli.stages import Workshop
 from prune_cli.store import Store
 
@@ -226,6 +227,7 @@ def test_a_method_goes_on_where_another_ended(first, second, finished, experimen
     dense, on, tuned = (record.stage(stage) for stage in ("dense", "base", "finetuned"))
     assert tuned.nonzero < 1.01 * on.nonzero < dense.nonzero and tuned.macs <= on.macs <= dense.macs
     assert tuned.nonzero < on.nonzero or tuned.macs < on.macs
+    assert any(sentence.startswith(f"Goes on from {folder}; ") for sentence in sentences(record))
     # What an earlier method left at zero is still zero, and the file makes the same network again.
     tuned_file, pruned_file = (load(tmp_path / f"on/checkpoints/{s}.safetensors") for s in ("finetuned", "pruned"))
     for name, keep in zeros(unpacked(pruned_file)).keep.items():

@@ -90,6 +90,8 @@ def sentences(record: Record) -> list[str]:
             f"Removed {_percent(record.obtained)}% of the {record.unit}s, "
             f"requested {_percent(record.requested)}%."
         )
+    if base := record.config.get("base"):
+        said.append(f"Goes on from {base}; the dense network is the one that came before it.")
     said += _slower(record)
     said += record.notes
     if any(result.latency for result in record.stages):
