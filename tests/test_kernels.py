@@ -176,6 +176,22 @@ def test_a_plan_is_measured_once(cache, monkeypatch):
         plan.choose(operation, torch.randn(3, 8, 5, 5), "torch")
 
 
+def test_plans_that_are_close_run_again(monkeypatch):
+    """A first heat that was disturbed decides nothing between plans that are nearly equal."""
+    heats = iter([{"a": [1.0], "b": [1.04], "c": [1.2], "d": [2.0]}, {"a": [1.1], "b": [1.02], "c": [1.2]}, {"a": [1.0], "b": [0.9]}])
+    ran = []
+
+    def measured(runs, *arguments, **options):
+        ran.append(set(runs))
+        found = next(heats, None) or {name: [3.0] for name in runs}
+        return {name: found[name] for name in runs}
+
+    monkeypatch.setattr(plan, "make", lambda name, operation: lambda x: x)
+    monkeypatch.setattr(plan, "alternate", measured)
+    assert plan.measure(small_operation(), torch.randn(1, 8, 5, 5), list("abcd")) == {"a": 1.0, "b": 0.9, "c": 1.2, "d": 2.0}
+    assert ran == [set("abcd"), set("abc"), set("ab")]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"plan": "cpp:no"}', '{"plan": null}'])
 def test_a_damaged_plan_is_measured_again(cache, content):
     operation, x = small_operation(), torch.randn(2, 8, 5, 5)

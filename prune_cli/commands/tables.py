@@ -50,7 +50,7 @@ def summary(rows: list[Row], options: argparse.Namespace) -> list[str]:
     where = f"{here['gpu']} ({gpu_state()}), CUDA graphs" if on_gpu else f"{here['cpu']}, {here['threads']} threads"
     said.append(f"{options.dtype}, {where}, torch {made['torch']}. Shortest times of runs that take turns;")
     said.append(f"dense: the faster memory format; ours: {layout_name(options)} to {layout_name(options)}. Floor: arithmetic")
-    said.append("at the rate of a matrix product, or one copy of input and output, whichever takes longer.")
+    said.append("at the rate of a matrix product, or one copy of input, output and stripes, whichever takes longer.")
     return said
 
 
