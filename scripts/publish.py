@@ -77,7 +77,9 @@ def tuning(table: str) -> str:
     groups: dict[float, list[Record]] = defaultdict(list)
     for record in records(table):
         groups[record.config["method"]["strength"]].append(record)
-    lines = ["| strength | n | dense, validation % | pruned, validation % | stripes removed % | skeleton separated |"]
+    unit = records(table)[0].unit
+    scores = "skeleton" if unit == "stripe" else "scores"
+    lines = [f"| strength | n | dense, validation % | pruned, validation % | {unit}s removed % | {scores} separated |"]
     lines.append("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for strength, group in sorted(groups.items()):
         dense = spread([100 * r.stage("dense").validation for r in group])
@@ -85,6 +87,16 @@ def tuning(table: str) -> str:
         removed = spread([100 * r.obtained for r in group])
         separated = sum(not any("separated" in note for note in r.notes) for r in group)
         lines.append(f"| {strength:g} | {len(group)} | {dense} | {pruned} | {removed} | {separated} of {len(group)} |")
+    return "\n".join(lines) + "\n"
+
+
+def growing_rate(table: str) -> str:
+    """Soft pruning with and without a growing rate, on the validation split."""
+    lines = ["| rate | n | dense, validation % | pruned, validation % |", "| --- | ---: | ---: | ---: |"]
+    for grows in (False, True):
+        group = [r for r in records(table) if r.config["method"]["asymptotic"] is grows]
+        dense, pruned = (spread([100 * r.stage(s).validation for r in group]) for s in ("dense", "pruned"))
+        lines.append(f"| {'growing' if grows else 'constant'} | {len(group)} | {dense} | {pruned} |")
     return "\n".join(lines) + "\n"
 
 
@@ -171,6 +183,9 @@ PARTS: dict[str, tuple[Callable[[str], str], str]] = {
     "stripe-digits-run": (one_run, "stripe_digits"),
     "stripe-digits": (stages_over_seeds, "stripe_digits"),
     "stripe-digits-tuning": (tuning, "stripe_digits_tuning"),
+    "slimming-digits-tuning": (tuning, "slimming_digits_tuning"),
+    "group-digits-tuning": (tuning, "group_digits_tuning"),
+    "sfp-digits-tuning": (growing_rate, "sfp_digits_tuning"),
     "fp-digits": (stages_over_seeds, "fp_digits"),
     "training-speed": (benchmark, "training_speed"),
     "kernel-speed": (kernels, "bench_kernel"),

@@ -18,9 +18,11 @@ class SoftFilterPruning(SoftPruning):
 
     norm        which norm
     asymptotic  the fraction grows from 0 to `ratio` along an exponential curve, three quarters of it
-                within an eighth of the training, all of it before the half (constants of our own, the authors' code was never
-                released). ASFP: He et al., "Asymptotic Soft Filter Pruning for Deep Convolutional
-                Neural Networks", IEEE Transactions on Cybernetics 2019
+                within an eighth of the training, all of it before the half (constants of our own,
+                the authors' code was never released). On recipe=short it ends far below the constant
+                rate: see README. ASFP: He et al., "Asymptotic Soft
+                Filter Pruning for Deep Convolutional Neural Networks", IEEE Transactions on
+                Cybernetics 2019
     """
 
     norm: Literal["l1", "l2"] = "l2"
