@@ -10,7 +10,7 @@ masked network must differ from the dense one and equal the cut one in evaluatio
 channels and some MACs must be gone, a training step must run, and the saved file must compute the same
 in a fresh process. Torch-Pruning's own MagnitudePruner runs beside it on the same networks.
 
-Rows are written to rows.json as they are made; what is there is not measured again. A channel is an output
+Rows are written to rows.csv as files are checked; what is there is not measured again. A channel is an output
 of a convolution, or of a linear layer on maps. A model counts as convolutional if it contains nn.Conv2d
 and no attention.
 """
@@ -25,7 +25,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ from prune_cli.build import build
 from prune_cli.channels import ChannelGraph
 from prune_cli.checkpoint import load_model, save_model
 from prune_cli.compose import CONF, Composer, loader
-from prune_cli.environment import machine, versions
+from prune_cli.environment import write_env
 from prune_cli.errors import StageError, UserError
 from prune_cli.evaluation import evaluating
 from prune_cli.method import PruningMethod
@@ -57,7 +58,7 @@ RESOLUTIONS = (64, 96, 128, 224)  # the first that the model can read
 TOLERANCE, GONE = 1e-4, 0.3
 # Settings with which a method reaches the channels of residual sums and grouped convolutions, where it has them.
 EVERYWHERE = {"coupled": "joint", "residual": True, "exclude": ()}
-BATCH_BYTES = 1_000_000_000  # files that one fresh process checks
+BATCH_BYTES = 200_000_000  # files that one fresh process checks
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ class Proof:
         expected, found = output(masked), output(small.model)
         save_model(file, small.model, self.spec, CLASSES)
         torch.save(found, file.with_suffix(".pt"))
-        row = self._row(label, small.model, masked=difference(self.expected, expected), difference=difference(expected, found))
+        differences = {"masked": difference(self.expected, expected), "difference": difference(expected, found)}
+        row = self._row(label, small.model, **differences)
         train_step(small.model)
         return replace(row, reason=shortfall(row))
 
@@ -255,50 +257,48 @@ def measured(name: str, label: str, resolution: int, limit: int, make: Callable[
 
 
 class Table:
-    """The rows on disk, and the files whose fresh process is still to come."""
+    """rows.csv and env.json in a folder, and the files whose fresh process is still to come."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "rows.json"
+        self.folder, self.path = folder, folder / "rows.csv"
         folder.mkdir(parents=True, exist_ok=True)
-        self.rows = [Row(**row) for row in json.loads(self.path.read_text())["rows"]] if self.path.exists() else []
+        self.rows: list[dict] = []
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                self.rows = list(csv.DictReader(file))
         self.waiting: dict[Path, Row] = {}
 
     def has(self, model: str, method: str) -> bool:
-        return any((row.model, row.method) == (model, method) for row in self.rows)
+        return any((row["model"], row["method"]) == (model, method) for row in self.rows)
 
-    def add(self, row: Row, file: Path | None = None) -> None:
-        if file is not None and file.exists():
+    def add(self, row: Row, file: Path) -> None:
+        if file.exists():
             self.waiting[file] = row
         else:
-            self.rows.append(row)
+            self.rows.append(asdict(row))
         if sum(f.stat().st_size for f in self.waiting) > BATCH_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Reload what waits, in a process that has never seen it, and write everything down."""
         if self.waiting:
-            done = subprocess.run(
-                [sys.executable, __file__, "--reload", *map(str, self.waiting)], capture_output=True, text=True, check=True
-            )
+            command = [sys.executable, __file__, "--reload", *map(str, self.waiting)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             for file, row in self.waiting.items():
                 off = found[str(file)]
                 wrong = row.reason or ("" if off <= TOLERANCE else f"the reloaded network is off by {off:.1e}")
-                self.rows.append(replace(row, reloaded=off, reason=wrong))
+                self.rows.append(asdict(replace(row, reloaded=off, reason=wrong)))
                 file.unlink()
                 file.with_suffix(".pt").unlink()
             self.waiting = {}
-        self._write()
-
-    def _write(self) -> None:
-        content = {"machine": machine("cpu"), "versions": versions(), "ratio": RATIO, "rows": [asdict(r) for r in self.rows]}
         aside = self.path.with_suffix(".part")
-        aside.write_text(json.dumps(content, indent=1) + "\n")
-        aside.replace(self.path)
-        with (self.folder / "rows.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(Row.__dataclass_fields__), lineterminator="\n")
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
             writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
+            writer.writerows(self.rows)
+        aside.replace(self.path)
+        write_env(self.folder / "env.json", device="cpu")
 
 
 def prove(models: list[str], methods: dict[str, PruningMethod], table: Table, limit: int, scratch: Path) -> None:
@@ -311,10 +311,9 @@ def prove(models: list[str], methods: dict[str, PruningMethod], table: Table, li
         proof = Proof(name)
         for label in labels:
             file = scratch / f"{name}-{label}.safetensors"
-            if label in methods:
-                row = measured(name, label, proof.resolution, limit, lambda: proof.by_method(label, methods[label], file))
-            else:
-                row = measured(name, label, proof.resolution, limit, proof.by_torch_pruning)
+            by_method = partial(proof.by_method, label, methods.get(label), file)
+            make = by_method if label in methods else proof.by_torch_pruning
+            row = measured(name, label, proof.resolution, limit, make)
             if row.channels is None:
                 file.unlink(missing_ok=True)
             table.add(row, file)
@@ -324,7 +323,8 @@ def prove(models: list[str], methods: dict[str, PruningMethod], table: Table, li
 
 def reload(files: list[Path]) -> None:
     """Print, per file, how far the loaded network is from the output beside it."""
-    print(json.dumps({str(f): difference(torch.load(f.with_suffix(".pt")), output(load_model(f))) for f in files}))
+    off = {str(file): difference(torch.load(file.with_suffix(".pt")), output(load_model(file))) for file in files}
+    print(json.dumps(off))
 
 
 def main() -> None:

@@ -174,6 +174,27 @@ def picture() -> None:
         subprocess.run(command, check=True, capture_output=True)
 
 
+def removal(table: str) -> str:
+    """`scripts/prove_removal.py`: per method over torchvision's models."""
+    with (PUBLISHED / table / "rows.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| method | models | lossless | nothing to prune | fails | channels removed % | MACs removed % | max difference |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = [row for row in rows if row["method"] == method]
+        holds = [row for row in found if not row["reason"]]
+        without = sum("nothing that it could prune" in row["reason"] for row in found)
+        channels, macs = (spread([100 * float(row[key]) for row in holds]) for key in ("channels", "macs"))
+        off = [float(row["difference"]) for row in holds if row["difference"]]
+        lossless = str(len(holds)) if off else f"{len(holds)} run"
+        failed = len(found) - len(holds) - without
+        worst = f"{max(off):.0e}" if off else "–"
+        lines.append(f"| {method} | {len(found)} | {lossless} | {without} | {failed} | {channels} | {macs} | {worst} |")
+    environment = json.loads((PUBLISHED / table / "env.json").read_text())
+    models = len({row["model"] for row in rows})
+    return "\n".join(lines) + f"\n\n{models} models, float32, torch {environment['versions']['torch']}.\n"
+
+
 def _where(machine: dict) -> str:
     return f"{machine['cpu']}, {machine['threads']} threads"
 
@@ -188,6 +209,7 @@ PARTS: dict[str, tuple[Callable[[str], str], str]] = {
     "sfp-digits-tuning": (growing_rate, "sfp_digits_tuning"),
     "fp-digits": (stages_over_seeds, "fp_digits"),
     "training-speed": (benchmark, "training_speed"),
+    "removal-proof": (removal, "torchvision_proof"),
     "kernel-speed": (kernels, "bench_kernel"),
     "merging-speed": (merging, "merging_speed"),
     "lenet-checkpoint": (report, "lenet_checkpoint"),

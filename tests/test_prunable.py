@@ -42,7 +42,7 @@ def test_an_excluded_layer_stays_whole(method):
 
 
 def test_a_pattern_that_names_no_layer_is_refused():
-    with pytest.raises(UserError, match=r"^method\.exclude: block1\.conv is no layer's name; did you mean block1\.conv"):
+    with pytest.raises(UserError, match=r"^method\.exclude: block1\.conv is no layer's name; did you mean block1\."):
         FilterPruning(exclude=("block1.conv",)).prunable(network("tiny.TinyResNet"))
 
 

@@ -105,14 +105,16 @@ def show(plan: list[Line], experiment) -> None:
         if line is plan[-1]:
             table.add_section()
         units = "" if line.units is None else f"{line.units[0]:,} of {line.units[1]:,}"
-        table.add_row(line.layer, line.shape, line.group, units, _change(line.parameters), _change(line.macs), line.reason)
+        changes = _change(line.parameters), _change(line.macs)
+        table.add_row(line.layer, line.shape, line.group, units, *changes, line.reason)
     console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
     console.print(table)
     whole = plan[-1]
-    less = [100 * (1 - left / dense) for dense, left in (whole.parameters, whole.macs)]
+    units = 100 * whole.units[0] / whole.units[1]
+    parameters, macs = (100 * (1 - left / dense) for dense, left in (whole.parameters, whole.macs))
     print(
-        f"{100 * whole.units[0] / whole.units[1]:.2f}% of the {experiment.method.unit}s go, {less[0]:.2f}% of the parameters "
-        f"and {less[1]:.2f}% of the MACs; requested {100 * experiment.ratio:.2f}% of the {experiment.target}."
+        f"{units:.2f}% of the {experiment.method.unit}s go, {parameters:.2f}% of the parameters and {macs:.2f}% of "
+        f"the MACs; requested {100 * experiment.ratio:.2f}% of the {experiment.target}."
     )
 
 

@@ -30,7 +30,8 @@ FOLDERS = {
     "SVHN": "",
 }
 SHAPES = {  # channels, resolution, classes
-    "MNIST": (1, 28, 10), "FashionMNIST": (1, 28, 10), "CIFAR10": (3, 32, 10), "CIFAR100": (3, 32, 100), "SVHN": (3, 32, 10),
+    "MNIST": (1, 28, 10), "FashionMNIST": (1, 28, 10),
+    "CIFAR10": (3, 32, 10), "CIFAR100": (3, 32, 100), "SVHN": (3, 32, 10),
 }  # fmt: skip
 # What torchvision's parsers raise for files that are not what their names say.
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AssertionError, EOFError, RuntimeError, pickle.UnpicklingError)
