@@ -184,7 +184,8 @@ def removal(table: str) -> str:
         found = [row for row in rows if row["method"] == method]
         holds = [row for row in found if not row["reason"]]
         without = sum("nothing that it could prune" in row["reason"] for row in found)
-        channels, macs = (spread([100 * float(row[key]) for row in holds]) for key in ("channels", "macs"))
+        gone = ([100 * float(row[key]) for row in holds] for key in ("channels", "macs"))
+        channels, macs = (spread(fractions) if fractions else "–" for fractions in gone)
         off = [float(row["difference"]) for row in holds if row["difference"]]
         lossless = str(len(holds)) if off else f"{len(holds)} run"
         failed = len(found) - len(holds) - without
