@@ -33,12 +33,13 @@ class InferenceConv2d(nn.Module):
         self._chosen: dict[tuple, Implementation] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        key = (x.shape, x.stride(), x.dtype, x.device, torch.get_num_threads())
+        key = (x.shape, x.stride(), x.dtype, x.device, _threads())
         implementation = self._chosen.get(key)
         if implementation is None:
             implementation = self._chosen[key] = self._plan(x, key)
         return implementation(x)
 
+    @torch.compiler.disable
     def _plan(self, x: Tensor, key: tuple) -> Implementation:
         with torch.no_grad():
             operation = self.operation.to(x.device)
@@ -63,14 +64,20 @@ class InferenceConv2d(nn.Module):
         return f"{operation.channels}, {operation.filters}, stripes={alive}/{total}, relu={operation.relu}"
 
 
+@torch.compiler.assume_constant_result  # it cannot be traced
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
 @torch.no_grad()
 def for_inference(model: nn.Module, kernel: str = "auto") -> nn.Module:
     """A copy of the network in evaluation mode that computes the same, faster.
 
     Batch norm is folded into the convolution before it; a stripe convolution also takes the ReLU
-    that follows, and runs on the backend that `kernel` (auto, torch or cpp) allows. Sums and other
-    ReLUs of what a layer made are computed in its memory. A network that cannot be traced
-    keeps its batch norms and ReLUs.
+    that follows, and runs on the backend that `kernel` (auto, torch, cpp or cupy) allows. Sums and
+    other ReLUs of what a layer made are computed in its memory. A network that cannot be traced keeps
+    its batch norms and ReLUs. For torch.compile run the copy once before, on an input of the same
+    shape: choosing a plan cannot be traced.
     """
     model = copy.deepcopy(model).eval()
     graph, rectified = _traced(model), set()

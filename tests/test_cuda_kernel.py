@@ -12,12 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_inference import pruned
 from test_kernels import operation_of, small_operation
+from tiny import TinyVGG
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from prune_cli.errors import UserError
+from prune_cli.inference import for_inference
 from prune_cli.kernels import plan
 from prune_cli.kernels.cuda import layout
 from prune_cli.kernels.cuda.layout import MATHS, Tuning
@@ -153,13 +156,15 @@ def test_tiles_of_an_axis_cover_it_and_hold_what_their_outputs_read(rows, size, 
     assert axis.most_outputs(outputs) == max(b - a for a, b in zip([0, *ends], ends, strict=False))
 
 
-def test_inside_torch_compile_it_is_one_step(monkeypatch):
-    operation = small_operation()
+def test_a_network_is_one_graph_for_torch_compile(monkeypatch):
+    """The plan of every layer a CUDA kernel, computed by the reference here."""
     monkeypatch.setattr(Layer, "launch", lambda layer, x: stripe_conv2d(layer.operation, x))
-    layer, x = Layer(operation, Tuning(4, 2, 64)), torch.randn(2, 8, 5, 5)
-    compiled = torch.compile(lambda x: layer(x).relu(), backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr("prune_cli.inference.choose", lambda operation, *_: ("cupy", Layer(operation, Tuning(4, 2, 64))))
+    fast, x = for_inference(pruned(TinyVGG(3, 8, 10))), torch.randn(2, 3, 8, 8)
     with torch.inference_mode():
-        torch.testing.assert_close(compiled(x), stripe_conv2d(operation, x).relu())
+        expected = fast(x)
+        compiled = torch.compile(fast, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])

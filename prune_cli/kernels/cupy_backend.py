@@ -46,7 +46,7 @@ class Layer:
 
     def __init__(self, operation: Operation, tuning: Tuning) -> None:
         self.operation, self.tuning = operation, tuning
-        self.handle = next(_handles)
+        self.handle = str(next(_handles))  # torch.compile would make a number symbolic
         _layers[self.handle] = self
         self._packed: dict[str, Packed] = {}
         self._calls: dict[tuple, Call] = {}
@@ -175,16 +175,16 @@ class _Stream:
         return 0, self.address
 
 
-_layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+_layers: weakref.WeakValueDictionary[str, Layer] = weakref.WeakValueDictionary()
 _handles = count()
 
 
 @torch.library.custom_op("prune_cli::stripe_conv", mutates_args=())
-def _stripe_conv(x: Tensor, layer: int) -> Tensor:
+def _stripe_conv(x: Tensor, layer: str) -> Tensor:
     """One step for torch.compile, which does not look inside."""
     return _layers[layer].launch(x)
 
 
 @_stripe_conv.register_fake
-def _(x: Tensor, layer: int) -> Tensor:
+def _(x: Tensor, layer: str) -> Tensor:
     return _layers[layer].output(x)
