@@ -117,8 +117,19 @@ def _rebuilt(header: dict, tensors: dict[str, Tensor]) -> nn.Module:
         layer = GatheredConv2d(pattern, gathered["out_channels"], conv.stride, conv.padding, conv.bias is not None)
         model.set_submodule(name, layer)
     _resize(model, tensors)
-    model.load_state_dict(tensors)
+    load_tensors(model, tensors)
     return model
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load the tensors, which a network of the same code wrote: some modules (MNASNet) refuse what does not say
+    which version of them it comes from, and safetensors has no place for that."""
+    state = model.state_dict()
+    state.update(tensors)
+    missing = state.keys() - tensors.keys()
+    if missing:
+        raise KeyError(f"{min(missing)} is missing")
+    model.load_state_dict(state)
 
 
 def _resize(model: nn.Module, tensors: dict[str, Tensor]) -> None:

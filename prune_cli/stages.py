@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from prune_cli import surgery
 from prune_cli.base import Base, digest
 from prune_cli.budget import Budget
-from prune_cli.checkpoint import load_model, save_model
+from prune_cli.checkpoint import load_model, load_tensors, save_model
 from prune_cli.datasets.dataset import Splits
 from prune_cli.distillation import Distillation
 from prune_cli.errors import UserError
@@ -174,7 +174,7 @@ class Workshop:
         if made.stage != "sparse":
             return self.ready(made)
         model = self.method.prepare(self.ready(made.source))
-        model.load_state_dict(load_file(made.artifact.file("training.safetensors"), device=str(self.device)))
+        load_tensors(model, load_file(made.artifact.file("training.safetensors"), device=str(self.device)))
         return model
 
     def packing(self, source: Made) -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prune_cli.checkpoint import load_tensors
 from prune_cli.datasets.dataset import Splits
 from prune_cli.errors import StageError
 from prune_cli.hooks import Progress, TrainingHooks
@@ -170,7 +171,7 @@ class _Run:
             return False
         # Sums are split by thread: another count would round differently.
         torch.set_num_threads(state["threads"])
-        self.model.load_state_dict(state["model"])  # copies into tensors that keep their layout
+        load_tensors(self.model, state["model"])  # copies into tensors that keep their layout
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         for parameter, slots in self.optimizer.state.items():

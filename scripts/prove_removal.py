@@ -256,6 +256,14 @@ def measured(name: str, label: str, resolution: int, limit: int, make: Callable[
     return replace(row, seconds=round(time.perf_counter() - start, 2))
 
 
+def reloaded(row: Row, off: float | str) -> Row:
+    """The row with how far the reloaded network is off, or why there is none."""
+    if isinstance(off, str):
+        return replace(row, reason=row.reason or off)
+    wrong = "" if off <= TOLERANCE else f"reloaded, it is off by {off:.1e}"
+    return replace(row, reloaded=off, reason=row.reason or wrong)
+
+
 class Table:
     """rows.csv and env.json in a folder, and the files whose fresh process is still to come."""
 
@@ -286,9 +294,7 @@ class Table:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             for file, row in self.waiting.items():
-                off = found[str(file)]
-                wrong = row.reason or ("" if off <= TOLERANCE else f"the reloaded network is off by {off:.1e}")
-                self.rows.append(asdict(replace(row, reloaded=off, reason=wrong)))
+                self.rows.append(asdict(reloaded(row, found[str(file)])))
                 file.unlink()
                 file.with_suffix(".pt").unlink()
             self.waiting = {}
@@ -323,7 +329,12 @@ def prove(models: list[str], methods: dict[str, PruningMethod], table: Table, li
 
 def reload(files: list[Path]) -> None:
     """Print, per file, how far the loaded network is from the output beside it."""
-    off = {str(file): difference(torch.load(file.with_suffix(".pt")), output(load_model(file))) for file in files}
+    off = {}
+    for file in files:
+        try:
+            off[str(file)] = difference(torch.load(file.with_suffix(".pt")), output(load_model(file)))
+        except UserError as problem:
+            off[str(file)] = str(problem)
     print(json.dumps(off))
 
 

@@ -236,3 +236,13 @@ def test_the_file_is_plain_data(tmp_path):
     assert json.loads(header["__metadata__"]["prune_cli"])["model"]["target"] == RESNET
     shutil.copy(path, tmp_path / "copy.safetensors")
     load_model(tmp_path / "copy.safetensors")
+
+
+def test_a_module_that_wants_its_version_is_loaded(tmp_path):
+    """torchvision's MNASNet refuses tensors that do not say which version of it they come from."""
+    spec = ModelSpec("mnasnet0_5", "prune_cli.models.zoo.classifier", {"architecture": "mnasnet0_5"})
+    model = spec.build(3, 32, 4).eval()
+    save_model(tmp_path / "model.safetensors", model, spec, 4)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "model.safetensors")(x), model(x))
