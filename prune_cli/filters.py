@@ -108,8 +108,10 @@ class FilterMethod(PruningMethod):
 
 
 def _filters(graph: ChannelGraph, group: ChannelGroup, name: str) -> Filters:
-    own = graph.own_norm(name)
-    return Filters(graph.model.get_submodule(name), group, _scales(graph, group, (own,) if own else group.norms))
+    own = {source: graph.own_norm(source) for source in group.sources}
+    # Without a norm of its own a layer has those behind it, but not those of the layers beside it in a sum.
+    behind = (own[name],) if own.get(name) else tuple(norm for norm in group.norms if norm not in own.values())
+    return Filters(graph.model.get_submodule(name), group, _scales(graph, group, behind))
 
 
 def _scales(graph: ChannelGraph, group: ChannelGroup, names: Sequence[str]) -> Tensor | None:

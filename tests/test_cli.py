@@ -288,7 +288,7 @@ def test_help_lists_every_group_and_its_options(capsys):
     out = capsys.readouterr().out
     assert "paper, short, smoke" in out and "ratio:" in out and "hydra/" not in out
     examples = [line.split("  ")[0] for line in map(str.strip, out.splitlines()) if line.startswith("prune-cli ")]
-    assert len([e for e in examples if "=" in e and "[" not in e]) == 3
+    assert len([e for e in examples if "=" in e and "[" not in e]) == 4
 
 
 def fresh(*arguments: str) -> subprocess.CompletedProcess:

@@ -9,7 +9,7 @@ from hydra import version
 
 from prune_cli import cli
 from prune_cli.build import build
-from prune_cli.compose import CONF, Composer, shipped_tables
+from prune_cli.compose import CONF, Composer, loader, shipped_tables
 from prune_cli.published import PaperNumbers, Row, Table, override_line
 from prune_cli.report.table import paper_drop
 from prune_cli.rows import Rows, table_of
@@ -21,7 +21,7 @@ EXAMPLE = "neuron_merging/lenet_fashion_mnist"
 @pytest.fixture(scope="module")
 def composer():
     version.setbase("1.3")
-    return Composer(cli._loader(None), "config")
+    return Composer(loader(), "config")
 
 
 @pytest.fixture
@@ -187,12 +187,12 @@ def test_a_table_of_the_users_own(tmp_path, composer):
         "# @package _global_\ntable: {name: mine, title: T, source: S, dataset: digits, recipe: short,\n"
         "  rows: {a: {set: {seed: 1}}, b: {set: {seed: 2}, paper: {accuracy: 101}}}}\n"
     )
-    own = Composer(cli._loader(str(tmp_path)), "config")
+    own = Composer(loader(str(tmp_path)), "config")
     with pytest.raises(Exception, match="table.rows.b.paper.accuracy=101: must be at least 0 and at most 100"):
         table_of(own, ["experiment=mine"])
 
 
 def test_of_two_settings_the_rows_wins():
-    table = Table("n", "t", "s", "d", {"a": Row({"ratio": 0.3})}, set={"ratio": 0.5, "recipe.precision": "float32"})
+    table = Table(name="n", title="t", dataset="d", rows={"a": Row({"ratio": 0.3})}, set={"ratio": 0.5, "recipe.precision": "float32"})
     assert table.overrides("a", "paper") == {"ratio": 0.3, "recipe.precision": "float32"}
     assert table.overrides("a", "short") == {"ratio": 0.3}

@@ -44,6 +44,7 @@ class Place:
         return subprocess.Popen(
             [sys.executable, "-m", "prune_cli", "--config-dir", "conf", *overrides], cwd=self.folder, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs the tests behind
         )  # fmt: skip
 
     def run(self, *overrides: str) -> str:

@@ -80,7 +80,7 @@ def test_a_saved_network_downloads_nothing(trained, tmp_path):
 def test_images_too_small_are_refused_with_the_size_that_is_needed(architecture, smallest):
     with pytest.raises(UserError, match=rf"needs images of at least {smallest}x{smallest} pixels, .* have 8x8"):
         spec(architecture).build(1, 8, 10)
-    zoo._check_resolution(architecture, 1, smallest, 10)
+    zoo._check_resolution(zoo._made(architecture, 10), architecture, smallest)
 
 
 @pytest.mark.parametrize(
