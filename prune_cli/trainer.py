@@ -211,17 +211,16 @@ def travel(settings: FitSettings, steps: int) -> float | None:
 def resolved_precision(precision: Precision, device: torch.device, model: nn.Module) -> Precision:
     """What `auto` means for this network on this device; other values stand for themselves.
 
-    bfloat16 where the hardware multiplies it fast enough to pay for the casts: convolutions on every
-    such device, fully connected networks of this size only on a processor with matrix tiles (AMX).
+    bfloat16 where the hardware multiplies it and the network has convolutions: for fully connected
+    networks of this size the casts cost more than they save.
     """
     if precision != "auto":
         return precision
-    convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return "float32"
     if device.type == "cuda":
-        pays = convolves and torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        pays = torch.cpu._is_amx_tile_supported() or (convolves and torch.cpu._is_avx512_bf16_supported())
-    return "bfloat16" if pays else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
 
 
 def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:

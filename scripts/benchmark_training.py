@@ -38,8 +38,7 @@ from prune_cli.trainer import fit, resolved_precision
 
 BATCH = 128
 FASHION_MNIST_IMAGES = 60_000
-TURNS = 5
-LEAST_STEPS = 8  # of a turn: what `fit` does once per run is not the subject
+TURNS = 3
 FIT = FitSettings(
     epochs=1, batch_size=BATCH, optimizer="sgd", lr=0.01, momentum=0.9, nesterov=False,
     weight_decay=1e-4, schedule="constant",
@@ -129,7 +128,7 @@ def images_per_second(
         began = time.perf_counter()
         loop(2)
         per_step = (time.perf_counter() - began) / 2
-        steps[name] = min(max(LEAST_STEPS, int(seconds / per_step)), FASHION_MNIST_IMAGES // batch_size)
+        steps[name] = min(max(3, int(seconds / per_step)), FASHION_MNIST_IMAGES // batch_size)
         loop(steps[name])  # and its data
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(TURNS):
@@ -199,13 +198,12 @@ def comparisons(data_root: Path | None, seconds: float) -> Iterator[dict]:
         yield row(f"{name}, {precision}", images_per_second(loops, seconds), "trainer", "bare loop")
     for batch_size in (BATCH, 4 * BATCH) if data_root else ():
         ours = _fashion_mnist(data_root, batch_size)
-        precision = resolved_precision("auto", torch.device("cpu"), MODELS["lenet_300_100"]())
         loops = {
-            "trainer": trainer_loop(MODELS["lenet_300_100"](), ours, precision, batch_size),
+            "trainer": trainer_loop(MODELS["lenet_300_100"](), ours, "float32", batch_size),
             "DataLoader": dataloader_loop(MODELS["lenet_300_100"](), data_root, batch_size),
         }
         speeds = images_per_second(loops, seconds, batch_size)
-        yield row(f"lenet_300_100 on fashion_mnist, batch {batch_size}, {precision}", speeds, "trainer", "DataLoader")
+        yield row(f"lenet_300_100 on fashion_mnist, batch {batch_size}", speeds, "trainer", "DataLoader")
     for name in ("resnet56", "vgg16"):
         loops = {
             "bfloat16, channels_last": bare_loop(MODELS[name](), "bfloat16", torch.channels_last),
