@@ -1,5 +1,6 @@
 """One run, from an experiment to its record."""
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -130,6 +131,8 @@ def _record(shop: Workshop, made: list[Made], latency: dict[str, tuple[Latency, 
 def _layers(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> tuple[LayerChange, ...]:
     """The layers of the dense network, with what is left of each: nothing of one that was removed whole."""
     after, gone = pruned.get("layers", {}), {"macs": 0, "parameters": 0, "stripes": 0}
+    # a cut that puts channels back, or selects them, makes the layer a part named `layer` of what it was
+    after = {re.sub(r"(\.layer)+$", "", name): left for name, left in after.items()} | after
     return tuple(
         LayerChange(
             name=name,

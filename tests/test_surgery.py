@@ -16,7 +16,8 @@ from prune_cli.layers.skeleton import SkeletonConv2d
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.masks import UNIT_AXES, Masks
 from prune_cli.methods.stripe import StripePruning
-from prune_cli.metrics.macs import count_macs, count_parameters
+from prune_cli.metrics.macs import count_macs, count_parameters, layer_macs
+from prune_cli.pipeline import _layers
 
 RESNET, VGG, LENET = "prune_cli.models.resnet.CifarResNet", "prune_cli.models.vgg.VGG", "prune_cli.models.lenet"
 NETWORKS = {
@@ -367,3 +368,16 @@ def test_activations_in_place_do_not_change_what_is_compared():
     model.stem[2] = nn.ReLU(inplace=True)
     keep = {"stem.0": torch.arange(8) < 4, "block1.conv2": torch.arange(8) >= 4}
     compared(model, Masks("filter", keep, 0.5))
+
+
+def test_the_record_finds_a_layer_behind_which_channels_are_put_back():
+    model = network("tiny.TinyResNet")
+    keep = torch.arange(12) % 2 == 0
+    small = surgery.cut(model, Masks("filter", {"block2.shortcut": keep}, 0.5))
+    before, after = (
+        {name: {"macs": macs, "parameters": 0, "stripes": 0} for name, macs in layer_macs(m, model.input_shape).items()}
+        for m in (model, small.model)
+    )
+    assert "block2.shortcut" not in after
+    (change,) = [c for c in _layers({"layers": before}, {"layers": after, "units": {}}) if c.name == "block2.shortcut"]
+    assert change.macs[1] * 2 == change.macs[0] > 0
