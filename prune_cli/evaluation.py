@@ -1,9 +1,10 @@
 """Evaluation mode for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -16,3 +17,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+def observe(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    layers: Iterable[nn.Module],
+    note: Callable[[nn.Module, tuple[Tensor, ...], Tensor], None],
+) -> None:
+    """Show `model` one blank image of shape (C, H, W) and call `note(layer, inputs, output)` whenever one
+    of the layers runs. The model is left as it was, training flags included."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()

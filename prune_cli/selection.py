@@ -40,9 +40,9 @@ def select_global(scores: Scores, ratio: float, unit: str, most: float = 1.0) ->
     protected = torch.cat([keep_best(s).flatten() for s in scores.values()])
     dead = flat == 0
     count = round(ratio * flat.numel())
-    ranking = torch.where(protected, torch.inf, flat).argsort(stable=True)
-    removed = dead.index_fill(0, ranking[:count], True) & ~protected
-    without_floor = dead.index_fill(0, flat.argsort(stable=True)[:count], True)
+    ranking = flat.argsort(stable=True)
+    removed = dead.index_fill(0, ranking[~protected[ranking]][:count], True) & ~protected
+    without_floor = dead.index_fill(0, ranking[:count], True)
     sizes = [s.numel() for s in scores.values()]
     keep = {layer: part.reshape(scores[layer].shape) for layer, part in zip(scores, (~removed).split(sizes))}
     floors = [layer for layer, part in zip(scores, without_floor.split(sizes)) if part.all()]

@@ -8,8 +8,9 @@
     finetune          -> finetuned   the cut network, trained again
                          scratch_e, random_finetuned ...   controls: the same, begun elsewhere
 
-sparsify, prune and finetune are repeated in rounds, each with the network of the one before. Every artifact holds model.safetensors (self-contained, see `checkpoint`) and its result: the
-accuracy on the test set, read once, when the stage is made.
+sparsify, prune and finetune are repeated in rounds, each with the network of the one before. Every
+artifact holds model.safetensors (self-contained, see `checkpoint`) and its result: the accuracy on the
+test set, read once, when the stage is made.
 """
 
 import math
@@ -38,12 +39,13 @@ from prune_cli.masks import Masks, random_like
 from prune_cli.method import KeepPruned, PruningMethod
 from prune_cli.metrics.accuracy import accuracy
 from prune_cli.metrics.macs import count_elementwise, count_nonzero, count_parameters, layer_macs
+from prune_cli.precision import resolved_precision
 from prune_cli.repeated import lifted, packed, packing, unpacked, zeros
 from prune_cli.seeding import derive, seeded
 from prune_cli.settings import FitSettings, Precision, Start
 from prune_cli.store import Artifact, Make, Partial, Store, key_of
 from prune_cli.targets import source_hash
-from prune_cli.trainer import fit, resolved_precision, steps_per_epoch, travel
+from prune_cli.trainer import fit, steps_per_epoch, travel
 
 # Raised when a stage computes something else than before under the same settings.
 VERSIONS = {"dense": 1, "sparse": 1, "pruned": 1, "random": 1, "finetuned": 1}  # others: 1
@@ -121,18 +123,24 @@ class Workshop:
         one that meets the target."""
         experiment = self.experiment
         if experiment.rounds == 1 or not experiment.method.needs_ratio:
-            return self.budget(experiment.rounds).for_training(experiment.method, self.untrained())
+            return self.goal.for_training(experiment.method, self.untrained())
         if experiment.target != "units":
             raise UserError(f"target={experiment.target}: with several rounds this method removes a ratio of units only")
         return replace(experiment.method, ratio=experiment.round_ratio)
+
+    @cached_property
+    def goal(self) -> Budget:
+        """How much has to go in all."""
+        return Budget.of(self.experiment.target, self.experiment.ratio, self.untrained())
 
     def budget(self, number: int) -> Budget:
         """How much has to go in this round: of units a fraction of what is left, of all else what is to
         be gone after it."""
         experiment = self.experiment
+        if experiment.rounds == 1:
+            return self.goal
         gone = 1 - (1 - experiment.ratio) ** (number / experiment.rounds)
-        ratio = experiment.round_ratio if experiment.target == "units" else gone
-        return Budget.of(experiment.target, experiment.ratio if experiment.rounds == 1 else ratio, self.untrained())
+        return replace(self.goal, ratio=experiment.round_ratio if experiment.target == "units" else gone)
 
     def rehearse(self) -> None:
         """Once, before the first training: prepare, penalise, select, compensate, cut and verify on the
@@ -152,7 +160,7 @@ class Workshop:
                 way = travel(settings, steps)
                 method.penalty(model, Progress(0, settings.epochs, 0, steps, way, settings.weight_decay))
             if number == 1:
-                self.budget(self.experiment.rounds).check(method, model)
+                self.goal.check(method, model)
             masks = method.prune(model, self.experiment.round_ratio)
             model = _cut(method.compensate(model, masks), masks, units).model
 
@@ -400,12 +408,12 @@ def _cut_into(
     shop: Workshop, folder: Path, model: nn.Module, masks: Masks, units: Mapping[str, str]
 ) -> dict[str, Any]:
     """Cut and save the network with the masks that made it and those it has to keep."""
-    small, budget = _cut(model, masks, units), shop.budget(shop.experiment.rounds)
+    small = _cut(model, masks, units)
     masks.save(folder / "masks.safetensors")
     small.masks.save(folder / "held.safetensors")
     return {
         "unit": masks.unit, "requested": masks.requested, "obtained": masks.obtained, "notes": list(masks.notes),
-        "removed": None if budget.dense is None else budget.removed(small),
+        "removed": None if shop.goal.dense is None else shop.goal.removed(small),
         "units": {layer: _units(keep) for layer, keep in masks.keep.items()},
         **_describe(shop, folder, small.model, small.model),
     }

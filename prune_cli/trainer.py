@@ -208,21 +208,6 @@ def travel(settings: FitSettings, steps: int) -> float | None:
     return sum(learning_rate(settings, step, steps) for step in range(steps)) / (1 - settings.momentum)
 
 
-def resolved_precision(precision: Precision, device: torch.device, model: nn.Module) -> Precision:
-    """What `auto` means for this network on this device; other values stand for themselves.
-
-    bfloat16 where the hardware multiplies it and the network has convolutions: for fully connected
-    networks of this size the casts cost more than they save.
-    """
-    if precision != "auto":
-        return precision
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        return "float32"
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
-
-
 def _optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if settings.optimizer == "adam":

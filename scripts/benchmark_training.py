@@ -34,7 +34,8 @@ from prune_cli.models.lenet import LeNet300100
 from prune_cli.models.resnet import CifarResNet
 from prune_cli.models.vgg import VGG
 from prune_cli.settings import FitSettings
-from prune_cli.trainer import fit, resolved_precision
+from prune_cli.precision import resolved_precision
+from prune_cli.trainer import fit
 
 BATCH = 128
 FASHION_MNIST_IMAGES = 60_000

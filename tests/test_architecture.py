@@ -38,7 +38,8 @@ LAYERS = [
     ["masks", "layers", "datasets", "foreign"],
     ["kernels"],
     ["published"],
-    ["environment", "settings", "seeding", "targets", "timing", "vision", "evaluation"],
+    ["environment", "precision", "seeding", "targets", "timing", "vision"],
+    ["settings", "evaluation"],
     ["errors"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -19,7 +19,7 @@ from prune_cli.methods.stripe import StripePruning
 from prune_cli.metrics.accuracy import accuracy
 from prune_cli.settings import FitSettings
 from prune_cli.store import Partial
-from prune_cli.trainer import fit, learning_rate, resolved_precision, steps_per_epoch
+from prune_cli.trainer import fit, learning_rate, steps_per_epoch
 
 SETTINGS = FitSettings(
     epochs=3, batch_size=8, optimizer="sgd", lr=0.05, momentum=0.9, nesterov=False, weight_decay=1e-3, schedule="one_cycle"
@@ -544,16 +544,6 @@ def test_a_network_that_never_learns_is_not_stopped():
 
 
 # Precision and accuracy
-
-
-def test_auto_precision(monkeypatch):
-    assert resolved_precision("float32", CPU, _model()) == "float32"
-    assert resolved_precision("bfloat16", CPU, _model(Dropout)) == "bfloat16"
-    assert resolved_precision("auto", CPU, _model(Dropout)) == "float32"
-    for fast in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert resolved_precision("auto", CPU, _model()) == ("bfloat16" if fast else "float32")
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32():

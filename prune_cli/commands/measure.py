@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from prune_cli.checkpoint import load_model
 from prune_cli.errors import UserError
+from prune_cli.evaluation import observe
 from prune_cli.inference import InferenceConv2d, for_inference
 from prune_cli.kernels.operation import Implementation, Operation
 from prune_cli.kernels.plan import choose, require
@@ -253,18 +254,11 @@ def _layers(network: nn.Module) -> dict[str, Layer]:
     return {name: Layer(m.weight.detach(), m.stride, m.padding, tuple(shapes[name])) for name, m in convs}
 
 
-@torch.inference_mode()
 def _input_shapes(network: nn.Module) -> dict[str, torch.Size]:
     """(C, H, W) of what each convolution is given."""
+    names = {m: name for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, InferenceConv2d))}
     shapes: dict[str, torch.Size] = {}
-
-    def note(name: str):
-        return lambda module, inputs: shapes.__setitem__(name, inputs[0].shape[1:])
-
-    for name, module in network.named_modules():
-        if isinstance(module, (nn.Conv2d, InferenceConv2d)):
-            module.register_forward_pre_hook(note(name))
-    network.eval()(torch.zeros(1, *network.input_shape))
+    observe(network, network.input_shape, names, lambda m, inputs, _: shapes.update({names[m]: inputs[0].shape[1:]}))
     return shapes
 
 

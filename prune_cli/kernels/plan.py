@@ -10,6 +10,7 @@ format. It is kept in the cache under the machine's fingerprint, never in the mo
 import json
 import logging
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import astuple
 from functools import cache
@@ -127,24 +128,21 @@ def candidates(operation: Operation, x: Tensor, kernel: Kernel) -> list[str]:
 @cache
 def can_compile(required: bool = False) -> bool:
     """Whether the compiled kernels can be had; said once. Raises UserError when they are required."""
-    try:
-        library()
-    except CannotBuild as problem:
-        if required:
-            raise UserError(f"runtime.kernel=cpp: {problem}; kernel=auto computes without") from problem
-        log.warning("The stripe-wise convolution is computed by torch: %s", problem)
-        return False
-    return True
+    return _can(library, "cpp", required)
 
 
 @cache
 def can_launch(required: bool = False) -> bool:
     """Whether the CUDA kernel can be had; said once. Raises UserError when it is required."""
+    return _can(cupy_backend.check, "cupy", required)
+
+
+def _can(build: Callable[[], object], kernel: str, required: bool) -> bool:
     try:
-        cupy_backend.check()
+        build()
     except CannotBuild as problem:
         if required:
-            raise UserError(f"runtime.kernel=cupy: {problem}; kernel=auto computes without") from problem
+            raise UserError(f"runtime.kernel={kernel}: {problem}; kernel=auto computes without") from problem
         log.warning("The stripe-wise convolution is computed by torch: %s", problem)
         return False
     return True

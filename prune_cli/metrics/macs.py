@@ -5,15 +5,13 @@ convention of PFEC (Li et al., ICLR 2017, Table 2), half of what FLOP counters p
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from prune_cli.errors import UserError
-from prune_cli.evaluation import evaluating
+from prune_cli.evaluation import observe
 
 
 @runtime_checkable
@@ -51,8 +49,7 @@ def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]
     def count(layer: nn.Module, _, output: Tensor) -> None:
         counted[names[layer]] += layer.macs(output) if isinstance(layer, CountsMacs) else dense_macs(layer, output)
 
-    with _observed(dict.fromkeys(_layers(model)), count):
-        _run(model, input_shape)
+    observe(model, input_shape, dict.fromkeys(_layers(model)), count)
     return counted
 
 
@@ -68,25 +65,8 @@ def count_elementwise(model: nn.Module, input_shape: tuple[int, ...]) -> dict[st
         kind = next(kind for kind, types in ELEMENTWISE.items() if isinstance(layer, types))
         counted[kind] += inputs[0].numel() if kind == "pool" else output.numel()
 
-    with _observed([m for m in model.modules() if isinstance(m, sum(ELEMENTWISE.values(), ()))], count):
-        _run(model, input_shape)
+    observe(model, input_shape, [m for m in model.modules() if isinstance(m, sum(ELEMENTWISE.values(), ()))], count)
     return counted
-
-
-def _run(model: nn.Module, input_shape: tuple[int, ...]) -> None:
-    with evaluating(model), torch.no_grad():
-        model(_blank_image(model, input_shape))
-
-
-@contextmanager
-def _observed(layers: Iterable[nn.Module], observe: Callable) -> Iterator[None]:
-    """Call `observe(layer, inputs, output)` whenever one of the layers runs."""
-    hooks = [layer.register_forward_hook(observe) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -118,8 +98,3 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
         raise UserError(f"no formula for the MACs of a {kind} layer: give the class a method macs(self, output)")
     for child in module.children():
         yield from _layers(child)
-
-
-def _blank_image(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
