@@ -19,7 +19,7 @@ from prune_cli.metrics.latency import measure
 from prune_cli.record import Latency, LayerChange, Record, StageResult
 from prune_cli.report.stages import render
 from prune_cli.settings import Control
-from prune_cli.stages import Made, Workshop
+from prune_cli.workshop import Made, Workshop
 from prune_cli.store import Store, canonical, full_disk_explained, key_of
 
 BATCHES = (1, 128)  # batch sizes whose latency is measured

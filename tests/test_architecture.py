@@ -21,6 +21,7 @@ LAYERS = [
     ["build"],
     ["pipeline"],
     ["stages"],
+    ["workshop"],
     ["base", "repeated"],
     ["methods"],
     ["experiment"],

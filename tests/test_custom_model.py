@@ -14,7 +14,7 @@ import prune_cli
 from prune_cli.build import build
 from prune_cli.errors import UserError
 from prune_cli.models.spec import ModelSpec
-from prune_cli.stages import Workshop
+from prune_cli.workshop import Workshop
 from prune_cli.targets import source_hash
 
 def process(here: Path, *command: str) -> subprocess.CompletedProcess:

@@ -23,12 +23,12 @@ from prune_cli.build import build
 from prune_cli.errors import StageError, UserError
 from prune_cli.journal import Journal
 from prune_cli.pipeline import run
-from prune_cli.stages import Workshop
+from prune_cli.workshop import Workshop
 from prune_cli.store import Partial, Store, full_disk_explained, key_of
 
 # The keys of `prune-cli method=... recipe.precision=float32`, all else at its default. They change
 # when, and only when, the same command computes something else than before: a default in conf/ got
-# another value, or a number in stages.VERSIONS was raised because a stage's code did. Then put the
+# another value, or a number in workshop.VERSIONS was raised because a stage's code did. Then put the
 # new ones here (the failing test prints them). When they change for any other reason, everybody
 # would train everything again: repair that instead. A new option defaults to None.
 GOLDEN = {
