@@ -11,7 +11,7 @@ from prune_cli import cli
 from prune_cli.build import build
 from prune_cli.compose import CONF, Composer, loader, shipped_tables
 from prune_cli.published import PaperNumbers, Row, Table, override_line
-from prune_cli.report.table import paper_drop
+from prune_cli.report.rows import paper_drop
 from prune_cli.rows import Rows, table_of
 
 TABLES = shipped_tables()

@@ -10,7 +10,8 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from prune_cli.report.table import Column, ReportTable
+from prune_cli.report.columns import Column
+from prune_cli.report.table import ReportTable
 
 PARTS = ("accuracy", "paper", "size", "latency")  # how a table is divided that is too wide
 

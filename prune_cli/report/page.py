@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from prune_cli.record import LayerChange, Record
+from prune_cli.report.columns import Cell, Column
 from prune_cli.report.plots import plots
-from prune_cli.report.table import Cell, Column, ReportTable, Row
+from prune_cli.report.rows import Row
+from prune_cli.report.table import ReportTable
 
 STYLE = """
 :root { --ink: #1d2433; --quiet: #687085; --line: #e3e6ee; --paper: #fff; --ground: #f4f5f9; --accent: #3b6fb6;

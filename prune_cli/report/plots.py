@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 
 from prune_cli.record import Record
+from prune_cli.report.columns import milliseconds
 from prune_cli.report.counting import macs_removed
-from prune_cli.report.table import Figures, ReportTable, Row, milliseconds
+from prune_cli.report.rows import Figures, Row
+from prune_cli.report.table import ReportTable
 
 COLORS = ("#3b6fb6", "#d1682f", "#3f8f5b", "#a04b8f", "#8a6d3b", "#c23b4e", "#4d9aa6", "#6b6b6b", "#b59a2c", "#5b4fb0")
 
