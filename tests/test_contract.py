@@ -205,10 +205,9 @@ def _masks(experiment, result) -> Path:
     return Path(experiment.runtime.store) / result.stage / result.key / "masks.safetensors"
 
 
-@pytest.mark.parametrize(("steps", "rounds"), [(3, 1), (9, 2)])
-def test_killed_in_the_middle_and_resumed_equals_uninterrupted(method, compose, tmp_path, steps, rounds):
-    """SIGKILL after `steps` steps of the last stage that trains; 4 steps are an epoch."""
-    experiment = replace(_experiment(compose, method, "TinyResNet"), rounds=rounds)
+def test_killed_in_the_middle_and_resumed_equals_uninterrupted(method, compose, tmp_path):
+    """SIGKILL in the third epoch of the last stage that trains, in the second round; 4 steps are an epoch."""
+    steps, experiment = 9, replace(_experiment(compose, method, "TinyResNet"), rounds=2)
     recipe = experiment.recipe
     longer = {stage: replace(getattr(recipe, stage), epochs=4) for stage in ("pretrain", "sparsify", "finetune")}
     experiment = replace(experiment, recipe=replace(recipe, **longer))
@@ -229,7 +228,7 @@ def test_killed_in_the_middle_and_resumed_equals_uninterrupted(method, compose, 
     resumed = run(experiment, tmp_path / "resumed", command="test")
     assert resumed.stage("dense").cached == (stage != "dense") and not resumed.stage(stage).cached
     log = (tmp_path / "resumed/run.log").read_text()
-    assert (f"{stage}: resumed after epoch {steps // 4} of 4" in log) == (steps >= 4)
+    assert f"{stage}: resumed after epoch 2 of 4" in log
     for file in (tmp_path / "whole/checkpoints").iterdir():
         assert _same(load_file(file), load_file(tmp_path / "resumed/checkpoints" / file.name)), file.name
 
