@@ -39,7 +39,8 @@ from prune_cli.trainer import fit
 
 BATCH = 128
 FASHION_MNIST_IMAGES = 60_000
-TURNS = 3
+TURNS = 5
+SHORTEST = 8  # steps of a turn: fewer would show what `fit` does once, checking every weight for instance
 FIT = FitSettings(
     epochs=1, batch_size=BATCH, optimizer="sgd", lr=0.01, momentum=0.9, nesterov=False,
     weight_decay=1e-4, schedule="constant",
@@ -129,7 +130,7 @@ def images_per_second(
         began = time.perf_counter()
         loop(2)
         per_step = (time.perf_counter() - began) / 2
-        steps[name] = min(max(3, int(seconds / per_step)), FASHION_MNIST_IMAGES // batch_size)
+        steps[name] = min(max(SHORTEST, int(seconds / per_step)), FASHION_MNIST_IMAGES // batch_size)
         loop(steps[name])  # and its data
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(TURNS):
@@ -197,7 +198,7 @@ def comparisons(data_root: Path | None, seconds: float) -> Iterator[dict]:
             "bare loop": bare_loop(make(), precision, layout),
         }
         yield row(f"{name}, {precision}", images_per_second(loops, seconds), "trainer", "bare loop")
-    for batch_size in (BATCH, 4 * BATCH) if data_root else ():
+    for batch_size in (BATCH, 4 * BATCH, 16 * BATCH) if data_root else ():
         ours = _fashion_mnist(data_root, batch_size)
         loops = {
             "trainer": trainer_loop(MODELS["lenet_300_100"](), ours, "float32", batch_size),

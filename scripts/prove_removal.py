@@ -10,7 +10,8 @@ masked network must differ from the dense one and equal the cut one in evaluatio
 channels and some MACs must be gone, a training step must run, and the saved file must compute the same
 in a fresh process. Torch-Pruning's own MagnitudePruner runs beside it on the same networks.
 
-Rows are written to rows.csv as files are checked; what is there is not measured again. A channel is an output
+Rows are written to rows.csv in batches, when a fresh process has loaded their files, and at the end, an
+interrupted one included; what is there is not measured again. A channel is an output
 of a convolution, or of a linear layer on maps. A model counts as convolutional if it contains nn.Conv2d
 and no attention.
 """
@@ -308,23 +309,25 @@ class Table:
 
 
 def prove(models: list[str], methods: dict[str, PruningMethod], table: Table, limit: int, scratch: Path) -> None:
-    for name in models:
-        labels = [label for label in [*methods, "Torch-Pruning"] if not table.has(name, label)]
-        if not labels:
-            continue
-        if not convolutional(torchvision().models.get_model(name, weights=None)):
-            continue
-        proof = Proof(name)
-        for label in labels:
-            file = scratch / f"{name}-{label}.safetensors"
-            by_method = partial(proof.by_method, label, methods.get(label), file)
-            make = by_method if label in methods else proof.by_torch_pruning
-            row = measured(name, label, proof.resolution, limit, make)
-            if row.channels is None:
-                file.unlink(missing_ok=True)
-            table.add(row, file)
-            print(f"{name:20} {label:15} {row.seconds:6.1f} s  {row.reason or 'holds'}", flush=True)
-    table.flush()
+    try:
+        for name in models:
+            labels = [label for label in [*methods, "Torch-Pruning"] if not table.has(name, label)]
+            if not labels:
+                continue
+            if not convolutional(torchvision().models.get_model(name, weights=None)):
+                continue
+            proof = Proof(name)
+            for label in labels:
+                file = scratch / f"{name}-{label}.safetensors"
+                by_method = partial(proof.by_method, label, methods.get(label), file)
+                make = by_method if label in methods else proof.by_torch_pruning
+                row = measured(name, label, proof.resolution, limit, make)
+                if row.channels is None:
+                    file.unlink(missing_ok=True)
+                table.add(row, file)
+                print(f"{name:20} {label:15} {row.seconds:6.1f} s  {row.reason or 'holds'}", flush=True)
+    finally:
+        table.flush()
 
 
 def reload(files: list[Path]) -> None:

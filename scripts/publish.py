@@ -143,6 +143,35 @@ def kernels(table: str) -> str:
     return "\n".join(lines) + f"\n\nfloat32, batch {groups[min(groups)][0]['batch']}, {where}.\n"
 
 
+def trained_network(table: str) -> str:
+    """`prune-cli bench model`: the layers and the whole of one run's network, and what that run was."""
+    with (PUBLISHED / table / "table.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| batch | stripe layers | dense plans | their speedup, geometric mean | slowest layer | whole network, ms | speedup |"]
+    lines.append("| ---: | ---: | ---: | ---: | --- | --- | ---: |")
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        *layers, whole = (row for row in rows if row["batch"] == batch)  # the whole network comes last
+        speedups = {row["layer"]: float(row["speedup"]) for row in layers}
+        slowest, dense = min(speedups, key=speedups.get), sum(row["plan"].startswith("dense") for row in layers)
+        lines.append(
+            f"| {batch} | {len(layers)} | {dense} | {statistics.geometric_mean(speedups.values()):.2f}x "
+            f"| {speedups[slowest]:.2f}x ({slowest}) | {float(whole['dense_ms']):.2f} → {float(whole['ours_ms']):.2f} "
+            f"| {float(whole['speedup']):.2f}x |"
+        )
+    (record,) = (Record.read(path) for path in (PUBLISHED / table).glob("*.json") if path.name != "env.json")
+    dense, pruned = record.stage("dense"), record.stage("pruned")
+    recipe = record.config["recipe"]
+    environment = json.loads((PUBLISHED / table / "env.json").read_text())
+    said = (
+        f"The masks come from a short training, {recipe['sparsify']['epochs']} epochs on {recipe['limit']:,} images of "
+        f"{record.config['dataset']['name']}: {record.obtained:.0%} of the stripes and "
+        f"{1 - pruned.parameters / dense.parameters:.0%} of the parameters are gone, accuracy {dense.accuracy:.1%} dense, "
+        f"{pruned.accuracy:.1%} pruned, {record.objective:.1%} at the end. float32, {_where(environment['machine'])}, "
+        f"torch {environment['versions']['torch']}."
+    )
+    return "\n".join(lines) + f"\n\n{said}\n"
+
+
 def report(table: str) -> str:
     """The published table that the records reproduce, as `prune-cli report` shows it, and seed by seed
     the rows whose mean is worse than the paper's number by more than a point."""
