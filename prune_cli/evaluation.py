@@ -35,3 +35,9 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def random_images(model: nn.Module, count: int = 4) -> Tensor:
+    """(`count`, C, H, W) as the model reads them, the same ones for every network of one input shape."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, *model.input_shape, generator=generator).to(next(model.parameters()))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from prune_cli.hooks import Progress, TrainingHooks
 from prune_cli.masks import Masks
 from prune_cli.prunable import Prunable, Skip, sorted_out
+from prune_cli.settings import Constant
 from prune_cli.targets import source_hash
 
 
@@ -39,6 +40,8 @@ class PruningMethod(TrainingHooks, ABC):
               train the network that they have
     finetune  whether the cut network is trained again
     exclude   layers that stay whole, shell patterns of their names
+    constant  what becomes of what a removed channel, whose weights are zero, would go on emitting: `drop` sets it
+              to zero, `fold` leaves it to the layers that read it, where they can take it over (see `folding`)
 
     and what `prune` promises, which every method says of itself:
     unit      what is removed together, a key of `masks.UNIT_AXES`
@@ -53,6 +56,7 @@ class PruningMethod(TrainingHooks, ABC):
     start: Literal["init", "dense", None] = None
     finetune: bool = selection_field(default=False)
     exclude: tuple[str, ...] | None = None
+    constant: Constant = selection_field(default="drop")
 
     @abstractmethod
     def candidates(self, model: nn.Module) -> Mapping[str, Any | Skip]:

@@ -110,6 +110,7 @@ class FinetuneSettings(FitSettings):
 Kernel = Literal["auto", "torch", "cpp", "cupy"]  # what computes stripe convolutions when a latency is measured
 Precision = Literal["auto", "float32", "bfloat16"]
 Target = Literal["units", "macs", "params"]  # what `ratio` is a fraction of
+Constant = Literal["drop", "fold"]  # what becomes of the constant that a removed channel would go on emitting
 
 
 @dataclass(frozen=True)

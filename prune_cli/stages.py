@@ -117,8 +117,9 @@ def sparsify(shop: Workshop, network: Made, number: int) -> Made:
 def prune(shop: Workshop, source: Made, number: int) -> Made:
     """Select, compensate, cut, and verify that the cut network is the masked one."""
     method, budget = shop.method, shop.budget(number)
+    selection = asdict(method) | {"constant": None if method.constant == "drop" else method.constant}
     settings = {
-        **shop.common, "method": {**method.training_settings(), **asdict(method)}, "ratio": budget.ratio,
+        **shop.common, "method": {**method.training_settings(), **selection}, "ratio": budget.ratio,
         "target": None if budget.target == "units" else budget.target,
     }  # fmt: skip
 
@@ -195,7 +196,7 @@ def _begin(shop: Workshop, cuts: Sequence[Made], start: Start) -> nn.Module:
     for cut in cuts:
         masks = Masks.load(cut.artifact.file("masks.safetensors"))
         units = packing(model)
-        model = packed(surgery.cut(unpacked(model), masks), units).model
+        model = packed(surgery.cut(unpacked(model), masks, shop.method.constant), units).model
     return model
 
 
@@ -247,11 +248,12 @@ def _cut_into(
     shop: Workshop, folder: Path, model: nn.Module, masks: Masks, units: Mapping[str, str]
 ) -> dict[str, Any]:
     """Cut and save the network with the masks that made it and those it has to keep."""
-    small = verified_cut(model, masks, units)
+    small = verified_cut(model, masks, shop.method.constant, units)
     masks.save(folder / "masks.safetensors")
     small.masks.save(folder / "held.safetensors")
     return {
-        "unit": masks.unit, "requested": masks.requested, "obtained": masks.obtained, "notes": list(masks.notes),
+        "unit": masks.unit, "requested": masks.requested, "obtained": masks.obtained,
+        "notes": [*masks.notes, *small.notes],
         "removed": None if shop.goal.dense is None else shop.goal.removed(small),
         "units": {layer: _units(keep) for layer, keep in masks.keep.items()},
         **_describe(shop, folder, small.model, small.model),

@@ -24,7 +24,7 @@ from prune_cli.method import PruningMethod
 from prune_cli.precision import resolved_precision
 from prune_cli.repeated import packed, packing, unpacked
 from prune_cli.seeding import derive, seeded
-from prune_cli.settings import Precision
+from prune_cli.settings import Constant, Precision
 from prune_cli.store import Artifact, Make, Partial, Store, key_of
 from prune_cli.targets import source_hash
 from prune_cli.trainer import steps_per_epoch, travel
@@ -144,7 +144,7 @@ class Workshop:
             if number == 1:
                 self.goal.check(method, model)
             masks = method.prune(model, self.experiment.round_ratio)
-            model = verified_cut(method.compensate(model, masks), masks, units).model
+            model = verified_cut(method.compensate(model, masks), masks, method.constant, units).model
 
     def untrained(self, purpose: str = "initialisation") -> nn.Module:
         """The network at initialisation; another one for another `purpose`."""
@@ -204,9 +204,9 @@ def in_round(stage: str, round: int) -> str:
     return f"{stage}/{round}" if round > 1 else stage
 
 
-def verified_cut(model: nn.Module, masks: Masks, units: Mapping[str, str]) -> surgery.Cut:
+def verified_cut(model: nn.Module, masks: Masks, constant: Constant, units: Mapping[str, str]) -> surgery.Cut:
     """Cut, pack again what was packed before, and verify."""
-    masked, small = surgery.masked_and_cut(model, masks)
+    masked, small = surgery.masked_and_cut(model, masks, constant)
     small = packed(small, units)
     surgery.verify(masked, small)
     return small

@@ -185,7 +185,7 @@ class Proof:
         model = method.prepare(self.dense)
         masks = method.prune(model, RATIO)
         model = method.compensate(model, masks)
-        masked, small = surgery.masked_and_cut(model, masks)
+        masked, small = surgery.masked_and_cut(model, masks, method.constant)
         surgery.verify(masked, small)
         expected, found = output(masked), output(small.model)
         save_model(file, small.model, self.spec, CLASSES)

@@ -31,7 +31,7 @@ LAYERS = [
     ["prunable"],
     ["surgery"],
     ["store", "journal", "report", "checkpoint", "metrics"],
-    ["inference", "streams"],
+    ["inference", "streams", "folding"],
     ["record", "pictures", "selection", "criteria", "channels", "hooks"],
     ["tracing"],
     ["slicing"],

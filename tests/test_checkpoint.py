@@ -27,18 +27,19 @@ NETWORKS = {
     "a user's own": ("toys.Kernels", {}, 3, 8),
     "depthwise": ("toys.Grouped", {"groups": 6}, 3, 8),
     "concat": ("toys.Concat", {}, 3, 8),
+    "pointwise": ("toys.Pointwise", {}, 3, 8),
 }
-FORMS = ["dense", "filter", "stripe", "group", "weight"]
+FORMS = ["dense", "filter", "folded", "stripe", "group", "weight"]
 
 
 def form_of(model: nn.Module, form: str) -> nn.Module:
     if form == "dense":
         return model
-    masks = random_masks(model, form, kept=0.4)
+    masks = random_masks(model, "filter" if form == "folded" else form, kept=0.4)
     for name, keep in masks.keep.items():
         if "expand" in name or "stem" in name:
             keep[0] = False
-    return surgery.cut(model, masks).model.eval()
+    return surgery.cut(model, masks, "fold" if form == "folded" else "drop").model.eval()
 
 
 def saved(path: Path, case: str, form: str) -> nn.Module:

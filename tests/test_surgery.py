@@ -32,6 +32,7 @@ NETWORKS = {
     "grouped": ("toys.Grouped", {"groups": 2}),
     "group norm": ("toys.GroupNormed", {}),
     "biased sum": ("toys.BiasedSum", {}),
+    "pointwise": ("toys.Pointwise", {}),
     "shuffled": ("toys.Shuffled", {}),
     "padded": ("toys.Padded", {}),
     "squeezed": ("toys.Squeezed", {}),
@@ -56,10 +57,10 @@ def off_by(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max())
 
 
-def compared(model: nn.Module, masks: Masks) -> surgery.Cut:
+def compared(model: nn.Module, masks: Masks, constant: str = "drop") -> surgery.Cut:
     """Cut, after checking against the masked network by hand and by `verify`."""
     x, before = images(model), {n: t.clone() for n, t in model.state_dict().items()}
-    masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
+    masked, small = surgery.mask(model, masks, constant), surgery.cut(model, masks, constant)
     with torch.no_grad():
         dense, expected, found = (network.eval()(x) for network in (model, masked, small.model))
     assert off_by(dense, expected) > 1e-3
@@ -111,14 +112,14 @@ def test_columns_are_gone(target, arguments):
 
 @settings(deadline=None, max_examples=15)
 @given(
-    chosen=st.sampled_from(["ResNet B", "LeNet-5", "kernels", "concat", "biased sum", "tiny ResNet"]),
+    chosen=st.sampled_from(["ResNet B", "LeNet-5", "kernels", "concat", "biased sum", "pointwise", "tiny ResNet"]),
     unit=st.sampled_from(list(UNIT_AXES)),
-    kept=st.floats(0, 0.9), seed=st.integers(0, 1000),
+    kept=st.floats(0, 0.9), seed=st.integers(0, 1000), constant=st.sampled_from(["drop", "fold"]),
 )  # fmt: skip
-def test_cut_is_masked_whatever_is_chosen(chosen, unit, kept, seed):
+def test_cut_is_masked_whatever_is_chosen(chosen, unit, kept, seed, constant):
     target, arguments = NETWORKS[chosen]
     model = network(target, **arguments)
-    compared(model, random_masks(model, unit, kept, seed))
+    compared(model, random_masks(model, unit, kept, seed), constant)
 
 
 @pytest.mark.parametrize("chosen", sorted(set(NETWORKS) - {"VGG single", "VGG double", "ResNet A"}))

@@ -89,6 +89,25 @@ class BiasedSum(nn.Module):
         return self.fc((x + self.outer(torch.relu(self.inner(x)))).mean((2, 3)))
 
 
+class Pointwise(nn.Module):
+    """1x1 convolutions without bias, each with a norm of its own."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 8, 3, stride=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.reduce = nn.Conv2d(8, 6, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.expand = nn.Conv2d(6, 12, 1, stride=2, bias=False)
+        self.bn3 = nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(torch.relu(self.bn1(self.stem(x))), 3, stride=1, padding=1, count_include_pad=False)
+        x = torch.relu(self.bn2(self.reduce(x)))
+        return self.fc(F.relu6(self.bn3(self.expand(x))).mean((2, 3)))
+
+
 class _Stages(nn.Module):
     """A stem, what a subclass makes of its six channels, a convolution that reads it, a classifier."""
 

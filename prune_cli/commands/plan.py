@@ -65,7 +65,7 @@ def lines(experiment) -> list[Line]:
     model = method.prepare(dense)
     budget.check(method, model)
     masks = budget.select(method, model)
-    masked, small = surgery.masked_and_cut(method.compensate(model, masks), masks)
+    masked, small = surgery.masked_and_cut(method.compensate(model, masks), masks, method.constant)
     surgery.verify(masked, small)
 
     graph, before, after = ChannelGraph(dense), *(layer_macs(m, dense.input_shape) for m in (dense, small.model))

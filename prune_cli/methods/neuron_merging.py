@@ -45,8 +45,7 @@ class NeuronMerging(FilterMethod):
     def compensate(self, model: nn.Module, masks: Masks) -> nn.Module:
         if not self.merge:
             return model
-        merged, mergeable = copy.deepcopy(model), False
-        graph = ChannelGraph(model)
+        merged, mergeable, graph = copy.deepcopy(model), False, ChannelGraph(model)
         # All similarities are those of the original network: merging changes the next layer's weights.
         for name, filters in sorted_out(self.candidates_of(graph), self.exclude).layers.items():
             group = filters.group
@@ -144,7 +143,8 @@ def _readers(graph: ChannelGraph, group: ChannelGroup, name: str) -> dict[str, T
 
 @torch.no_grad()
 def _fold(weight: Tensor, channels: Tensor, removed: Tensor, kept: Tensor, scale: Tensor) -> None:
-    """weight (O, I, ...): add S_ij times the inputs of i to those of j."""
-    share = weight[:, channels[removed].flatten()]
+    """weight (O, I, ...): add S_ij times the inputs of i to those of j; a constant of i has no part in them any more."""
+    moved = channels[removed].flatten()
     scales = scale.repeat_interleave(channels.shape[1]).view(1, -1, *[1] * (weight.ndim - 2))
-    weight.index_add_(1, channels[kept].flatten(), share * scales)
+    weight.index_add_(1, channels[kept].flatten(), weight[:, moved] * scales)
+    weight[:, moved] = 0
