@@ -8,10 +8,11 @@
 The constant that a removed channel would go on emitting is dropped, as the papers' code does: its scale and
 shift are zero in the masked network, which makes the removal exact. Or it is folded, where a method has
 `constant=fold`: the masked channel emits it, and in the cut network the layers that read it have taken it over
-(see `folding`). A channel of a residual sum goes only when every layer that writes it is masked there. A filter of such a sum that dies alone goes too,
-with its entries of the norm that is its layer's own; the sum keeps its width, and a `ScatterChannels`
-puts the surviving channels back at their places. A batch norm that is masked itself sits on a stream: its
-removed channels are left out by a `SelectChannels` before it, for the layers behind it alone (see `streams`).
+(see `folding`). A channel of a residual sum goes only when every layer that writes it is masked there. A filter
+of such a sum that dies alone goes too, with its entries of the norm that is its layer's own; the sum keeps its
+width, and a `ScatterChannels` puts the surviving channels back at their places. A batch norm that is masked
+itself sits on a stream: its removed channels are left out by a `SelectChannels` before it, for the layers
+behind it alone (see `streams`).
 """
 
 import copy
