@@ -20,6 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
+from prune_cli.pictures import skeleton_picture
+
 if TYPE_CHECKING:  # torch is slow to import, and plain lines do not need it
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
@@ -28,6 +30,7 @@ log = logging.getLogger("prune_cli")
 log.addHandler(logging.NullHandler())  # without a run.log, messages are only shown, and once
 
 COLUMNS = ("stage", "epoch", "name", "value")  # long form: every stage has its own penalties
+LARGEST = 1e20  # where the bins of a histogram end: TensorBoard raises an error for values beyond them only
 REFRESH = 0.1  # seconds between two movements of the progress bar
 
 
@@ -83,21 +86,20 @@ class Journal:
         self._say(f"{stage}: found in the store, nothing to train")
 
     def histograms(self, stage: str, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Histograms of the finite values of each tensor, after epoch `step`."""
+        """Histograms of the values of each tensor that TensorBoard has bins for, after epoch `step`."""
         if writer := self._writer(stage):
             for name, tensor in tensors.items():
                 values = tensor.detach().float()
-                values = values[values.isfinite()]
+                values = values[values.abs() < LARGEST]  # without what is not finite, too
                 if values.numel():
                     writer.add_histogram(name, values.cpu(), step)
 
     def skeletons(self, stage: str, skeletons: Mapping[str, Tensor], step: int = 0) -> None:
         """A picture of each layer's filter skeletons (O, K, K): strengths, or booleans = kept."""
         if writer := self._writer(stage):
-            from prune_cli.pictures import skeleton_picture  # needs torch
-
             for layer, skeleton in skeletons.items():
-                writer.add_image(f"skeleton/{layer}", skeleton_picture(skeleton), step, dataformats="HWC")
+                picture = skeleton_picture(skeleton.detach().float().cpu().numpy())
+                writer.add_image(f"skeleton/{layer}", picture, step, dataformats="HWC")
 
     def layer_sparsity(self, stage: str, sparsity: Mapping[str, float], step: int = 0) -> None:
         """Fraction of zeros of each layer."""

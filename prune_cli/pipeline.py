@@ -15,7 +15,9 @@ from prune_cli.environment import fingerprint, machine, versions, write_env
 from prune_cli.experiment import Experiment
 from prune_cli.journal import Journal
 from prune_cli.kernels.plan import require
+from prune_cli.masks import Masks
 from prune_cli.metrics.latency import measure
+from prune_cli.pictures import packed
 from prune_cli.record import Latency, LayerChange, Record, StageResult
 from prune_cli.report.stages import render
 from prune_cli.settings import Control
@@ -104,8 +106,9 @@ def _record(shop: Workshop, made: list[Made], latency: dict[str, tuple[Latency, 
     experiment = shop.experiment
     cuts = [m for m in made if m.stage == "pruned"]
     rounds, dense, pruned = len(cuts), made[0].artifact.result, cuts[-1].artifact.result
+    masks = stages.selected(shop, cuts)
     if rounds > 1:
-        pruned = {**pruned, **stages.over_rounds(shop, cuts)}
+        pruned = {**pruned, **stages.over_rounds(shop, masks)}
     settings = {key: value for key, value in asdict(experiment).items() if key != "reference"}
     return Record(
         name=experiment.name,
@@ -123,21 +126,23 @@ def _record(shop: Workshop, made: list[Made], latency: dict[str, tuple[Latency, 
         versions=versions(),
         target=experiment.target,
         removed=pruned.get("removed"),
-        layers=_layers(dense, pruned),
+        layers=_layers(dense, pruned, masks),
         reference=experiment.reference,
     )
 
 
-def _layers(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> tuple[LayerChange, ...]:
+def _layers(dense: Mapping[str, Any], pruned: Mapping[str, Any], masks: Masks) -> tuple[LayerChange, ...]:
     """The layers of the dense network, with what is left of each: nothing of one that was removed whole."""
     after, gone = pruned.get("layers", {}), {"macs": 0, "parameters": 0, "stripes": 0}
     # a cut that puts channels back, or selects them, makes the layer a part named `layer` of what it was
     after = {re.sub(r"(\.layer)+$", "", name): left for name, left in after.items()} | after
+    skeletons = {name: {"skeleton": packed(keep.numpy())} for name, keep in masks.keep.items() if keep.ndim == 3}
+    units = {name: counted | skeletons.get(name, {}) for name, counted in pruned["units"].items()}
     return tuple(
         LayerChange(
             name=name,
             **{what: (figure, after.get(name, gone)[what]) for what, figure in before.items()},
-            units=pruned["units"].get(name),
+            units=units.get(name),
         )
         for name, before in (dense.get("layers", {}) if after else {}).items()  # older artifacts have none
     )

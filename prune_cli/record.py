@@ -73,8 +73,9 @@ class LayerChange:
     """A convolution or linear layer before and after the cut.
 
     macs, parameters  (dense, pruned); stripes: filters x kernel positions of its shape, likewise
-    units             of what the method removes: `kept` of `total`, and for stripes and groups the
-                      fraction kept at each `positions` (K, K) of the kernel; None = not prunable
+    units             of what the method removes: `kept` of `total`; for stripes and groups also the
+                      fraction kept at each `positions` (K, K) of the kernel, and as `skeleton` which
+                      of them, filter by filter (see `pictures.unpacked`); None = not prunable
     """
 
     name: str

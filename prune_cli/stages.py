@@ -142,9 +142,8 @@ def selected(shop: Workshop, cuts: Sequence[Made]) -> Masks:
     return found
 
 
-def over_rounds(shop: Workshop, cuts: Sequence[Made]) -> dict[str, Any]:
-    """What the result of a stage says of its selection, for all rounds together."""
-    masks = selected(shop, cuts)
+def over_rounds(shop: Workshop, masks: Masks) -> dict[str, Any]:
+    """What the result of a stage says of its selection, for the `masks` of all rounds together."""
     units = {layer: _units(keep) for layer, keep in masks.keep.items()}
     return {"requested": shop.experiment.ratio, "obtained": masks.obtained, "units": units}
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 
 from prune_cli.journal import Journal
-from prune_cli.pictures import BORDER, skeleton_picture
+from prune_cli.pictures import BORDER, packed, skeleton_picture, unpacked
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tensorboard's own
@@ -142,11 +143,12 @@ def test_notes_and_warnings(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_histograms_of_what_is_not_finite(tmp_path):
+def test_histograms_of_what_is_not_finite_or_has_no_bin(tmp_path):
     odd = {"nan": torch.tensor([1.0, float("nan")]), "none": torch.zeros(0), "bf16": torch.ones(3).bfloat16()}
+    odd |= {"huge": torch.full((3,), 1e30), "large": torch.tensor([1e30, 1e19])}
     with Journal(tmp_path, console()) as journal:
         journal.histograms("sparse", 1, odd)
-    assert events(tmp_path, "sparse").Tags()["histograms"] == ["nan", "bf16"]
+    assert events(tmp_path, "sparse").Tags()["histograms"] == ["nan", "bf16", "large"]
 
 
 def test_skeletons_are_pictures(tmp_path):
@@ -158,27 +160,36 @@ def test_skeletons_are_pictures(tmp_path):
         journal.layer_sparsity("pruned", {"layer1.conv": 0.5})
     log = events(tmp_path, "pruned")
     stored = Image.open(io.BytesIO(log.Images("skeleton/layer1.conv")[0].encoded_image_string))
-    assert np.array_equal(np.asarray(stored), skeleton_picture(skeleton).numpy())
+    assert np.array_equal(np.asarray(stored), skeleton_picture(skeleton.numpy()))
     assert log.Scalars("sparsity/layer1.conv")[0].value == 0.5
 
 
-@pytest.mark.parametrize(("filters", "kernel"), [(1, 1), (5, 3), (16, 3), (512, 3), (6, 5)])
+@pytest.mark.parametrize(("filters", "kernel"), [(1, (1, 1)), (5, (3, 3)), (16, (3, 3)), (512, (3, 3)), (6, (5, 5)), (5, (1, 7)), (7, (3, 2))])
 def test_picture_shows_every_filter(filters, kernel):
-    skeleton = torch.linspace(0, -2, filters * kernel**2).view(filters, kernel, kernel)
+    skeleton = torch.linspace(0, -2, filters * kernel[0] * kernel[1]).view(filters, *kernel)
     skeleton.view(-1)[-1] = -2  # also where there is only one value
-    picture = skeleton_picture(skeleton)
+    picture = torch.from_numpy(skeleton_picture(skeleton.numpy()))
     columns = int(np.ceil(np.sqrt(filters)))
-    side = (picture.shape[1] - 1) // columns
-    scale = (side - 1) // kernel
-    assert picture.dtype == torch.uint8 and picture.shape[0] == -(-filters // columns) * side + 1 and scale >= 2
+    width = (picture.shape[1] - 1) // columns
+    scale = (width - 1) // kernel[1]
+    height = kernel[0] * scale + 1
+    assert picture.dtype == torch.uint8 and picture.shape[0] == -(-filters // columns) * height + 1 and scale >= 2
     expected = (skeleton.abs() / 2 * 255).round().to(torch.uint8)
     for i in range(filters):
-        y, x = 1 + i // columns * side, 1 + i % columns * side
-        tile = picture[y : y + side - 1, x : x + side - 1]
+        y, x = 1 + i // columns * height, 1 + i % columns * width
+        tile = picture[y : y + height - 1, x : x + width - 1]
         assert torch.equal(tile[scale // 2 :: scale, scale // 2 :: scale, 0], expected[i])
         assert torch.equal(tile[..., 0], tile[..., 2])
     border = torch.tensor(BORDER, dtype=torch.uint8)
-    assert (picture[0] == border).all() and (picture[::side] == border).all() and (picture[:, ::side] == border).all()
+    assert (picture[0] == border).all() and (picture[::height] == border).all() and (picture[:, ::width] == border).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 3), (3, 1, 7), (512, 3, 3)])
+def test_a_record_keeps_a_skeleton_as_text(shape):
+    kept = np.random.default_rng(0).random(shape) > 0.5
+    units = {"kept": int(kept.sum()), "total": kept.size, "positions": kept.mean(0).tolist(), "skeleton": packed(kept)}
+    assert np.array_equal(unpacked(json.loads(json.dumps(units))), kept)
+    assert len(units["skeleton"]) <= 4 * (kept.size // 24 + 1)
 
 
 def test_hparams_tab_compares_runs(tmp_path):

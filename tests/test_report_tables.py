@@ -1,23 +1,30 @@
 """Records on disk become tables: seeds together, the paper beside, failures with their sentence."""
 
+import base64
 import csv
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from prune_cli.commands.report import main
 from prune_cli.errors import UserError
+from prune_cli.pictures import packed
 from prune_cli.published import PaperNumbers, Reference
 from prune_cli.record import Latency, LayerChange, Record, StageResult, write_failure
 from prune_cli.report.collect import collect
 from prune_cli.report.counting import macs_removed, parameters_removed
 from prune_cli.report.formats import show, to_latex, to_markdown
+from prune_cli.report.layers import PIXELS
+from prune_cli.report.page import to_html
 from prune_cli.report.present import present
 from prune_cli.report.table import tables
 
@@ -107,6 +114,52 @@ def test_another_data_set_or_recipe_is_in_the_title_and_compares_the_drop(tmp_pa
     assert table.rows[0].deviation == (pytest.approx(1.4 - 19.8), "drop")
 
 
+@pytest.mark.parametrize(("recipes", "said"), [
+    (["short"], " (made with recipe short)"), (["smoke", "short"], " (made with recipe short and smoke)"), (["paper"], ""),
+])  # fmt: skip
+def test_a_scaled_recipe_is_in_every_title(recipes, said, tmp_path):
+    runs = [record(i) for i in range(len(recipes))]
+    runs = [dataclasses.replace(r, config={**r.config, "recipe": {"name": name}}) for r, name in zip(runs, recipes)]
+    failed = dataclasses.replace(record(9), status="failed", failure="It broke.", stages=(), config={}, command="prune-cli x=1")
+    (table,) = tables(collect([written(tmp_path, failed, *runs)]))
+    assert table.title == "lenet on fmnist" + said
+    own = dataclasses.replace(REFERENCE, source=None, recipe="short")
+    run = dataclasses.replace(runs[0], reference=own, command="prune-cli experiment=own")
+    (table,) = tables(collect([written(tmp_path / "own", run)]))
+    assert table.title == "Merging, LeNet" + said.replace(" and smoke", "").replace("short", recipes[0])
+    elsewhere = dataclasses.replace(run, config={**run.config, "dataset": {"name": "digits"}})
+    (table,) = tables(collect([written(tmp_path / "elsewhere", elsewhere)]))
+    assert table.title.startswith("Merging, LeNet (on digits, not on fmnist")
+
+
+def test_a_failed_row_says_which_one_it_is(tmp_path):
+    done = record(0, command="prune-cli method=fp ratio=0.5 seed=0")
+    folder = tmp_path / "fp-lenet-fmnist-0.7/2026-01-09_00-00-00"
+    for name, line in (("a", "method=fp ratio=0.7 recipe.lr=9"), ("b", "method=fp ratio=0.9 recipe.lr=9 recipe.x=y")):
+        config = {**done.config, "ratio": float(line.split()[1][6:])}
+        write_failure(folder.with_name(name), "Loss is NaN.", config=config, command=f"prune-cli {line} seed=0")
+    write_failure(tmp_path / "refused/x", "There is no such method.", config={}, command="prune-cli method=f ratio=0.5 seed=0")
+    write_failure(tmp_path / "refused/y", "No, there is not.", config={}, command="prune-cli method=fp ratio=0.5 seed=1")
+    rows = {row["row"]: row for row in cells(written(tmp_path, done))}
+    assert {label: (row["ratio_percent"], row["n"]) for label, row in rows.items()} == {
+        "fp": ("50", "1"), "fp recipe.lr=9": ("70", "0"), "fp recipe.lr=9 recipe.x=y": ("90", "0"),
+        "refused method=f ratio=0.5": ("", "0"), "refused method=fp ratio=0.5": ("", "0"),
+    }  # fmt: skip
+    assert rows["fp recipe.lr=9"]["failure"] == "Loss is NaN." and rows["fp"]["failure"] == ""
+    assert "model" not in rows["fp"] and "dataset" not in rows["fp"], "what all rows have in common that say it"
+    assert shown(tmp_path).count("failed") == 4 + 4, "in the row, and with its sentence below"
+
+
+def test_a_row_that_failed_for_one_seed_only(tmp_path):
+    runs = [record(seed, reference=REFERENCE, command=f"prune-cli experiment=e row=prune_50 seed={seed}") for seed in (0, 1)]
+    folder = written(tmp_path, runs[0])
+    failed = dataclasses.replace(runs[1], status="failed", failure="The device is gone.", stages=())
+    failed.write(folder / "fp/2026-01-09_00-00-00/record.json")
+    (row,) = cells(folder)
+    assert (row["n"], row["pruned_percent"], row["failures"], row["failure"]) == ("1", "89", "1", "The device is gone.")
+    assert "1, 1 failed" in shown(folder)
+
+
 def test_failures_are_rows_and_the_exit_code(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "runs", record())
@@ -137,6 +190,53 @@ def test_no_records_is_a_sentence(path, tmp_path, monkeypatch):
         main([path])
 
 
+KEPT = np.random.default_rng(0).random((17, 3, 3)) > 0.5
+SKELETON = {"kept": int(KEPT.sum()), "total": KEPT.size, "positions": KEPT.mean(0).tolist(), "skeleton": packed(KEPT)}
+
+
+def pictures(page: str) -> list[np.ndarray]:
+    """The PNG files inside the page, as RGB."""
+    found = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in found]
+
+
+def test_the_page_shows_the_skeleton_of_every_filter(tmp_path):
+    change = LayerChange("layer1.0.conv1", (1000, 400), (100, 50), (36, 18), SKELETON)
+    run = dataclasses.replace(record(seed=4, method="stripe", layers=(change,)), unit="stripe")
+    page = to_html(tables(collect([written(tmp_path, run)])))
+    positions, filters = pictures(page)
+    assert np.array_equal(positions[..., 0], np.rint(255 * KEPT.mean(0)))
+    assert "Skeletons, seed 4: one tile for each filter, white where its stripe is kept" in page
+    side = 3 * PIXELS + 1
+    for i, kept in enumerate(KEPT):
+        y, x = 1 + i // 5 * side, 1 + i % 5 * side
+        tile = filters[y : y + side - 1, x : x + side - 1]
+        assert np.array_equal(tile[PIXELS // 2 :: PIXELS, PIXELS // 2 :: PIXELS], np.repeat(255 * kept[..., None], 3, 2))
+    assert len(page) < 60_000
+
+
+def test_the_page_of_a_large_network_is_small(tmp_path):
+    """Ten rows, each with the skeletons of a VGG-16."""
+    random = np.random.default_rng(0)
+    kept = [random.random((width, 3, 3)) > 0.5 for width in (64, 64, 128, 128, *[256] * 3, *[512] * 6)]
+    layers = tuple(
+        LayerChange(f"features.conv{i}", (9, 4), (9, 4), (9, 4),
+                    {"kept": 1, "total": k.size, "positions": k.mean(0).tolist(), "skeleton": packed(k)})
+        for i, k in enumerate(kept)
+    )  # fmt: skip
+    runs = [record(ratio=ratio / 10, method="stripe", layers=layers) for ratio in range(10)]
+    assert len(to_html(tables(collect([written(tmp_path, *runs)])))) < 1_000_000
+
+
+def test_rows_of_one_name_are_told_apart_on_the_page(tmp_path):
+    versions = [{"torch": "2.11"}, {"torch": "2.12", "git_dirty": True}]
+    runs = [record(seed, ratio=0.3, versions=v) for seed, v in enumerate(versions)] + [record(ratio=0.5)]
+    page = to_html(tables(collect([written(tmp_path, *runs)])))
+    assert "fp <span>ratio 30.00 %, 2 runs</span>" in page and "fp <span>ratio 50.00 %, 1 run</span>" in page
+    assert "<p>torch 2.11</p><p>torch 2.12, git_dirty</p>" in page
+    assert all(f"<code>prune-cli method=fp ratio=0.3 seed={seed}</code>" in page for seed in (0, 1))
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -145,7 +245,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href") and value[:1] != "#"]
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href") and not value.startswith(("#", "data:"))]
 
 
 def test_the_files_of_a_report(tmp_path, monkeypatch):
@@ -155,7 +255,7 @@ def test_the_files_of_a_report(tmp_path, monkeypatch):
     assert present(collect([written(tmp_path / "runs", *runs)]), tmp_path / "out")
     page = Page((tmp_path / "out/report.html").read_text())
     assert page.links == [], "the page needs nothing else"
-    assert page.tags.count("section") == 2 and page.tags.count("details") == 3 and page.tags.count("figure") == 3
+    assert page.tags.count("section") == 2 and page.tags.count("details") == 3 and page.tags.count("figure") == 3 and page.tags.count("img") == 3
     text = (tmp_path / "out/report.html").read_text()
     assert "&lt;b&gt;&amp;" in text and "MACs left" in text and "latency at batch 1" in text and "method=a_b" in text
     present(collect([tmp_path / "runs"]), tmp_path / "again")
@@ -172,12 +272,23 @@ def test_markdown_and_latex_are_well_formed(tmp_path):
     assert latex.count("&") % latex.count(r" \\") == 0
 
 
-def test_a_narrow_terminal_gets_several_tables(tmp_path):
-    runs = collect([written(tmp_path, record(reference=REFERENCE))])
-    console = Console(file=io.StringIO(), width=80)
-    show(tables(runs)[0], console)
-    lines = console.file.getvalue().splitlines()
-    assert max(map(len, lines)) <= 80 and sum(line.startswith("prune_50") for line in lines) > 1
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("row", ["prune_50", "a row with a very long name that fits into no table at all of 80 characters and is wrapped"])
+def test_a_narrow_terminal_gets_several_tables(row, width, tmp_path):
+    """And loses nothing: means with deviations make a part wider than the terminal."""
+    times = [(Latency(1, ms, ms, ms, 5), Latency(128, 100 * ms, ms, ms, 5)) for ms in (1.25, 2.5)]
+    reference = dataclasses.replace(REFERENCE, row=row)
+    runs = [
+        dataclasses.replace(run, stages=tuple(dataclasses.replace(s, latency=latency) for s in run.stages))
+        for run, latency in zip([record(s, 0.8 + s / 100, reference=reference) for s in (0, 1)], times)
+    ]
+    runs[1] = dataclasses.replace(runs[1], stages=(stage("dense", 0.88, ms=2.0), runs[1].stages[1]))
+    console = Console(file=io.StringIO(), width=width)
+    show(tables(collect([written(tmp_path, *runs)]))[0], console)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    assert "1.88 ± 0.88" in text and "187.50 ± 88.39" in text and "88.40 ± 0.20" in text
+    assert sum(line.startswith(row[:8]) for line in text.splitlines()) > 1
 
 
 LAYERS = tuple(
@@ -205,7 +316,7 @@ def test_records_without_what_a_count_needs_leave_it_out(tmp_path):
 
 
 def test_a_report_waits_for_neither_torch_nor_hydras_composing(tmp_path):
-    written(tmp_path / "runs", record())
+    written(tmp_path / "runs", record(layers=(LayerChange("conv1", (9, 4), (9, 4), (9, 4), SKELETON),)))
     code = "import sys; sys.argv = ['prune-cli', 'report', 'runs']; from prune_cli.cli import main; main(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr

@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from toys import network, random_masks
 
-from prune_cli import load, stages, surgery
+from prune_cli import load, pictures, stages, surgery
 from prune_cli.build import build
 from prune_cli.errors import UserError
 from prune_cli.journal import Journal
@@ -152,6 +152,22 @@ def test_survivors_go_back_to_what_they_were_with_their_statistics(experiment, e
         assert zeros(tuned).keep.keys() == zeros(begun).keep.keys()
         assert all(torch.equal(keep, zeros(begun).keep[name]) for name, keep in zeros(tuned).keep.items())
     assert both.obtained == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize(("method", "axis"), [("stripe", 0), ("group", 1)])
+def test_a_record_keeps_the_skeleton_of_every_filter(rounds, method, axis, experiment, tmp_path):
+    """Of all rounds together: where the filters of the cut network, or the channels they read, are not zero."""
+    one = experiment(f"method={method}", "ratio=0.5", f"rounds={rounds}", model="TinyVGG")
+    layers = {layer.name: layer for layer in run(one, tmp_path, command="test").layers}
+    small = unpacked(load(tmp_path / "checkpoints/pruned.safetensors"))
+    for name in ("features.0", "features.3", "features.6"):
+        units = layers[name].units
+        kept = torch.from_numpy(pictures.unpacked(units))
+        assert kept.sum() == units["kept"] and 0 < kept.float().mean() < 1
+        assert torch.equal(kept.float().mean(0), torch.tensor(units["positions"]))
+        alive = (small.get_submodule(name).weight != 0).any(1 - axis)
+        assert torch.equal(alive[alive.any((1, 2))], kept[kept.any((1, 2))])
 
 
 def test_what_was_not_trained_here_is_not_rewound(experiment, tmp_path):

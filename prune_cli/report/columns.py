@@ -49,9 +49,9 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     return [
         text("row", "row" if referenced else "method", "run", lambda row: row.label),
         *_names(rows, text, referenced),
-        number("ratio_percent", "ratio\n%", "run", lambda row: row.over_seeds(lambda r: percent(_ratio(r)))),
+        number("ratio_percent", "ratio\n%", "run", _ratios),
         text("ratio_of", "of", "run", lambda row: TARGETS.get(row.first.target, "") if row.runs else ""),
-        text("n", "n", "run", lambda row: str(len(row.runs)) if row.runs else ""),
+        Column("n", "n", "run", tuple(_count(row) for row in rows)),
         *(
             number(f"{stage}_percent", f"{stage}\n%", "accuracy", lambda row, stage=stage: row.accuracy(stage))
             for stage in stages
@@ -86,7 +86,7 @@ def _names(rows: Sequence[Row], text: Callable[..., Column], referenced: bool) -
     named = [("method", method_of), ("model", lambda r: name_of(r, "model")), ("dataset", dataset_of)]
     apart = [
         (word, of) for word, of in named
-        if len({of(row.first) for row in rows}) > 1 and (word != "method" or referenced)
+        if len({of(row.first) for row in rows} - {""}) > 1 and (word != "method" or referenced)
     ]  # fmt: skip
     return [text(word, word, "run", lambda row, of=of: of(row.first)) for word, of in apart]
 
@@ -139,9 +139,20 @@ def _nonzero(row: Row) -> Figures | None:
     return row.over_seeds(fraction)
 
 
-def _ratio(record: Record) -> float | None:
-    """The fraction that was to go: of the units as selected, where ratios differ by layer too; else of the target."""
-    return record.requested if record.target == "units" else record.ratio
+def _ratios(row: Row) -> Figures | None:
+    """The fraction that was to go, percent: of the units as selected, where ratios differ by layer too; else of
+    the target. Of a run that failed, as it was asked for."""
+    if row.runs:
+        return row.over_seeds(lambda r: percent(r.requested if r.target == "units" else r.ratio))
+    asked = row.first.ratio
+    return (percent(asked),) if isinstance(asked, (int, float)) else None
+
+
+def _count(row: Row) -> Cell:
+    """How many runs the row's numbers come from, and how many there should be."""
+    done, failed = len(row.runs), len(row.failures)
+    text = f"{done}, {failed} failed" if done and failed else "failed" if failed else str(done)
+    return Cell(text, done)
 
 
 def _cell(values: Figures | None, unit: str) -> Cell:

@@ -42,6 +42,8 @@ def to_csv(tables: Sequence[ReportTable]) -> str:
                 if cell.deviation is not None:
                     values[f"{column.name}_std"] = f"{cell.deviation:.8g}"
             rows.append({**values, "failures": len(row.failures), "command": row.first.command})
+            if row.failures:
+                rows[-1]["failure"] = "; ".join(run.record.failure or "" for run in row.failures)
     fields = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
@@ -82,17 +84,28 @@ def _fitting(names: list[Column], parts: list[list[Column]], console: Console) -
         return Measurement.get(console, console.options.update(width=1000), _rich(columns)).maximum
 
     found = [list(names)]
-    for part in parts:
-        if len(found[-1]) > len(names) and width(found[-1] + part) > console.width:
+
+    def add(columns: list[Column]) -> None:
+        if len(found[-1]) > len(names) and width(found[-1] + columns) > console.width:
             found.append(list(names))
-        found[-1] += part
+        found[-1] += columns
+
+    for part in parts:
+        if width(names + part) <= console.width:
+            add(part)
+        else:  # too wide even alone
+            for column in part:
+                add([column])
     return found
 
 
 def _rich(columns: list[Column]) -> RichTable:
     table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in columns:
-        table.add_column(Text(column.header), justify="left" if column.name == "row" else "right", no_wrap=True)
+        named = column.name == "row"  # a name too long for any table is wrapped, a number never is
+        table.add_column(
+            Text(column.header), justify="left" if named else "right", no_wrap=not named, overflow="fold"
+        )
     for cells in zip(*(column.cells for column in columns), strict=True):
         table.add_row(*(Text(cell.text or "–") for cell in cells))
     return table

@@ -1,9 +1,10 @@
 """The report as one HTML page that needs nothing else: tables, plots, and what lies behind each row."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
-from prune_cli.record import LayerChange, Record
+from prune_cli.record import Record
+from prune_cli.report import layers
 from prune_cli.report.columns import Cell, Column
 from prune_cli.report.plots import plots
 from prune_cli.report.rows import Row
@@ -29,19 +30,15 @@ td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line);
 tr:last-child td { border-bottom: 0 } tbody tr:hover { background: #f8f9fc }
 th:first-child, td:first-child { text-align: left; padding-left: 0 } td:first-child { font-weight: 600 }
 td.paper, th.paper { color: var(--accent) } td small { color: var(--quiet); font-size: 12px }
-tr.failed td { color: var(--bad) }
+tr.failed td, details p.failed { color: var(--bad) }
 ul.notes { color: var(--quiet); font-size: 13px; margin: 16px 0 0; padding: 0; list-style: none }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 18px; margin: 22px 0 8px }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 18px; margin: 22px 0 8px }
 .plots svg { width: 100%; height: auto }
 details { border-top: 1px solid var(--line); padding: 9px 0 } details:first-of-type { margin-top: 18px }
 summary { cursor: pointer; font-weight: 600; font-size: 14px } summary span { color: var(--quiet); font-weight: 400 }
 code { display: block; background: var(--ground); border-radius: 8px; padding: 10px 14px; margin: 8px 0;
        font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere }
 details p { color: var(--quiet); font-size: 13px; margin: 4px 0 }
-.bars { display: block; width: 100%; height: 96px } .key { display: inline-block; width: 10px; height: 10px;
-        border-radius: 2px; margin: 0 4px 0 12px }
-.skeletons { display: flex; flex-wrap: wrap; gap: 10px } figure { margin: 0; text-align: center }
-figcaption { font-size: 10px; color: var(--quiet) }
 """
 
 
@@ -51,7 +48,7 @@ def to_html(tables: Sequence[ReportTable]) -> str:
     sections = "\n".join(_section(table) for table in tables)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}{layers.STYLE}</style>\n</head>\n'
         f"<body>\n<main>\n<h1>prune-cli report</h1>\n{sections}\n</main>\n</body>\n</html>\n"
     )
 
@@ -59,7 +56,7 @@ def to_html(tables: Sequence[ReportTable]) -> str:
 def _section(table: ReportTable) -> str:
     drawn = "".join(f"<div>{svg}</div>" for svg in plots(table).values())
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
-    details = "\n".join(_details(row) for row in table.rows)
+    details = "\n".join(_details(row, _names(table, i)) for i, row in enumerate(table.rows))
     return (
         f'<section>\n<h2>{escape(table.title)}</h2>\n<div class="scroll">{_table(table)}</div>\n'
         f'<ul class="notes">{notes}</ul>\n<div class="plots">{drawn}</div>\n{details}\n</section>'
@@ -84,74 +81,35 @@ def _class(column: Column) -> str:
     return ' class="paper"' if column.part == "paper" else ""
 
 
-def _details(row: Row) -> str:
-    """Commands, versions, notes and layers of a row."""
-    shown = row.first
-    said = [f"<code>{escape(run.record.command)}</code>" for run in (*row.runs, *row.failures)]
+def _details(row: Row, names: Sequence[str]) -> str:
+    """Commands, versions, notes and layers of a row that has these `names`."""
+    shown, said = row.first, []
+    for run in (*row.runs, *row.failures):
+        said.append(f"<code>{escape(run.record.command)}</code>")
+        if run.record.failure:
+            said.append(f'<p class="failed">{escape(run.record.failure)}</p>')
+    said += [f"<p>{escape(versions)}</p>" for versions in dict.fromkeys(map(_versions, row.records)) if versions]
     said += [f"<p>{escape(note)}</p>" for note in shown.notes]
-    if shown.versions:
-        versions = ", ".join(f"{name} {value}" for name, value in shown.versions.items() if value not in (None, False))
-        said.append(f"<p>{escape(versions)}</p>")
     if shown.obtained is not None:
         said.append(f"<p>Removed {100 * shown.obtained:.2f}% of the {escape(str(shown.unit))}s.</p>")
-    said += [_layers(shown), _skeletons(shown.layers)]
-    count = f"{len(row.runs)} run{'s' if len(row.runs) != 1 else ''}"
-    return f"<details><summary>{escape(row.label)} <span>{count}</span></summary>{''.join(said)}</details>"
+    of = "" if shown.seed is None else f", seed {shown.seed}"
+    said.append(layers.layers(shown.layers, shown.unit, of))
+    label, *others = map(escape, names)
+    return f"<details><summary>{label} <span>{', '.join(others)}</span></summary>{''.join(said)}</details>"
 
 
-def _layers(record: Record) -> str:
-    """One group of bars for each layer: how much of its parameters and MACs is gone."""
-    layers = [layer for layer in record.layers if layer.parameters[0]]
-    if not layers:
-        return ""
-    step, height = 24, 80
-    bars = []
-    for i, layer in enumerate(layers):
-        bars.append(f'<rect x="{i * step}" y="0" width="{step - 4}" height="{height}" fill="#eceef4"/>')
-        told = [layer.name]
-        for j, (what, color) in enumerate((("parameters", "var(--gone)"), ("macs", "var(--accent)"))):
-            before, after = getattr(layer, what)
-            gone = 1 - after / before if before else 0.0
-            told.append(f"{gone:.0%} of the {what.replace('macs', 'MACs')} removed")
-            size = max(0.0, gone) * height
-            bars.append(
-                f'<rect x="{i * step + 10 * j}" y="{height - size:.1f}" width="10" height="{size:.1f}" fill="{color}"/>'
-            )
-        told = escape(f"{told[0]}: {', '.join(told[1:])}")
-        box = f'x="{i * step}" y="0" width="{step - 4}" height="{height}"'
-        bars.append(f'<rect {box} fill="transparent"><title>{told}</title></rect>')
-    seed = "" if record.seed is None else f", seed {record.seed}"
-    return (
-        f'<h3>Removed from each layer{seed}<span class="key" style="background:var(--gone)"></span>parameters'
-        f'<span class="key" style="background:var(--accent)"></span>MACs</h3>'
-        f'<svg class="bars" viewBox="0 0 {max(len(layers), 12) * step} {height}" preserveAspectRatio="none">'
-        f"{''.join(bars)}</svg>"
+def _names(table: ReportTable, i: int) -> list[str]:
+    """What tells row number `i` from the others."""
+    cells = {column.name: column.cells[i].text for column in table.columns if column.part == "run"}
+    if cells.get("ratio_percent"):
+        cells["ratio_percent"] = f"ratio {cells['ratio_percent']} %"
+    del cells["n"]
+    done, failed = len(table.rows[i].runs), len(table.rows[i].failures)
+    counts = [f"{done} run{'s' if done != 1 else ''}"] * bool(done) + [f"{failed} failed"] * bool(failed)
+    return [text for text in cells.values() if text] + counts
+
+
+def _versions(record: Record) -> str:
+    return ", ".join(
+        name if value is True else f"{name} {value}" for name, value in record.versions.items() if value not in (None, False)
     )
-
-
-def _skeletons(layers: Iterable[LayerChange]) -> str:
-    """Of units that have a place in the kernel: how many stay at each, black none, white all."""
-    drawn = []
-    for layer in layers:
-        positions = (layer.units or {}).get("positions")
-        if not positions:
-            continue
-        side = len(positions)
-        cells = "".join(
-            f'<rect x="{x}" y="{y}" width="1" height="1" fill="{_grey(kept)}"><title>{kept:.0%}</title></rect>'
-            for y, line in enumerate(positions) for x, kept in enumerate(line)
-        )  # fmt: skip
-        drawn.append(
-            f'<figure><svg width="48" height="48" viewBox="-.1 -.1 {side + .2} {side + .2}">'
-            f'<rect x="-.1" y="-.1" width="{side + .2}" height="{side + .2}" fill="#26466e"/>{cells}</svg>'
-            f"<figcaption>{escape(layer.name.replace('layer', '').replace('features.', ''))}</figcaption></figure>"
-        )
-    if not drawn:
-        return ""
-    heading = "<h3>What is kept at each position of the kernel, white = in every filter</h3>"
-    return f'{heading}<div class="skeletons">{"".join(drawn)}</div>'
-
-
-def _grey(strength: float) -> str:
-    """Black at 0, white at 1."""
-    return "#" + 3 * f"{round(255 * strength):02x}"

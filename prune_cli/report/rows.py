@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -129,8 +129,13 @@ def _setting(record: Record) -> str:
     if record.reference:
         return record.reference.row
     if record.status != "complete":
-        return " ".join(word for word in shlex.split(record.command) if not word.startswith("seed=")) or record.name
+        return " ".join(_words(record)) or record.name
     return json.dumps([record.name, *_flat(record).items()], sort_keys=True)
+
+
+def _words(record: Record) -> list[str]:
+    """The overrides of its command, but for the seed."""
+    return [word for word in shlex.split(record.command)[1:] if not word.startswith("seed=")]
 
 
 def _flat(record: Record) -> dict[str, Any]:
@@ -153,18 +158,27 @@ def _labels(records: Sequence[Record]) -> list[str]:
     """Row names of a published table, else the method and what differs between its rows."""
     if records[0].reference:
         return [record.reference.row for record in records]
+    shared = set.intersection(*(set(_words(record)) for record in records))
     shown = ("method_name", "method.target", "method.ratio", "ratio", "model.name", "dataset.name", "name")
     settings = [_flat(record) if record.status == "complete" else {} for record in records]
     labels = []
     for record, own in zip(records, settings, strict=True):
         if not own:
-            labels.append(method_of(record) if record.config else record.name)
+            labels.append(_label_of_a_failure(record, shared))
             continue
         same = [other for other in settings if other.get("method_name") == own.get("method_name")]
         apart = [key for key in own if key not in shown and any(other.get(key) != own[key] for other in same)]
         short = [f"{key.rpartition('.')[2]}={_plain(own[key])}" for key in apart if not key.endswith("target")]
         labels.append(" ".join([method_of(record), *short[:3]]))
     return labels
+
+
+def _label_of_a_failure(record: Record, shared: Collection[str]) -> str:
+    """Its settings may be wrong: the overrides speak that not all rows share, but for what has a column."""
+    if not record.config:
+        return " ".join([record.name, *(word for word in _words(record) if word not in shared)])
+    apart = [w for w in _words(record) if w not in shared and not w.startswith(("method=", "ratio=", "model=", "dataset="))]
+    return " ".join([method_of(record), *apart])
 
 
 def _plain(value: Any) -> str:

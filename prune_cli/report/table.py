@@ -54,18 +54,27 @@ def _table(runs: Sequence[Run]) -> ReportTable:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    record, reference = runs[0].record, runs[0].record.reference
-    if reference is None:
-        settings = {(name_of(r.record, "model"), dataset_of(r.record)) for r in runs if r.complete}
-        return " on ".join(settings.pop()) if len(settings) == 1 else "Runs"
-    said = []
-    if (dataset := dataset_of(record)) not in (reference.dataset, ""):
-        said.append(f"on {dataset}, not on the paper's {reference.dataset}")
-    if (recipe := name_of(record, "recipe")) not in (reference.recipe, ""):
-        said.append(f"made with recipe {recipe}")
-    told = ("recipe=", "dataset=", "debug=")
-    said += [_without_folders(word) for word in changes(record) if not word.startswith(told)]
-    return reference.title + (f" ({'; '.join(said)})" if said else "")
+    """What the table shows, and in brackets how it was made: with which scaled recipe, and of a published
+    table what else was changed."""
+    records = [run.record for run in runs if run.complete] or [run.record for run in runs]
+    recipes = sorted({name_of(record, "recipe") for record in records} - {"", "paper"})
+    how = [f"made with recipe {' and '.join(recipes)}"] if recipes else []
+    title, reference = _shown(records), records[0].reference
+    if reference is not None:
+        title = reference.title
+        if (dataset := dataset_of(records[0])) not in (reference.dataset, ""):
+            whose = "the paper's " if reference.source else ""
+            how.insert(0, f"on {dataset}, not on {whose}{reference.dataset}")
+        told = ("recipe=", "dataset=", "debug=")
+        how += [_without_folders(word) for word in changes(records[0]) if not word.startswith(told)]
+    return title + (f" ({'; '.join(how)})" if how else "")
+
+
+def _shown(records: Sequence[Record]) -> str:
+    """The model and the data set that all have in common."""
+    pairs = {(name_of(record, "model"), dataset_of(record)) for record in records}
+    (pair, *others) = pairs
+    return "Runs" if others or not all(pair) else " on ".join(pair)
 
 
 def _without_folders(word: str) -> str:
@@ -102,4 +111,6 @@ def _where(record: Record) -> str:
     """Machine and versions of a run."""
     machine = record.machine
     device = machine.get("gpu") if machine.get("device", "cpu") != "cpu" else machine.get("cpu")
-    return f"{device}, {machine.get('threads')} threads, torch {record.versions.get('torch')}." if device else ""
+    threads = machine.get("threads")
+    many = "" if threads == 1 else "s"
+    return f"{device}, {threads} thread{many}, torch {record.versions.get('torch')}." if device else ""
