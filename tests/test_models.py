@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 from torch.nn import functional as F
 
 from prune_cli.errors import UserError
@@ -165,3 +166,10 @@ def test_shortcut_a_by_hand():
 def test_wrong_values_are_refused_with_a_sentence(wrong):
     with pytest.raises(UserError, match="="):
         wrong()
+
+
+def test_a_vgg_of_another_width_keeps_its_shape():
+    full, quarter = (VGG(3, 32, 10, depth=11, classifier="double", width=width) for width in (None, 0.25))
+    wide, narrow = ([m.out_channels for m in v.modules() if isinstance(m, nn.Conv2d)] for v in (full, quarter))
+    assert wide == [4 * channels for channels in narrow]
+    assert quarter(torch.zeros(2, 3, 32, 32)).shape == (2, 10)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from prune_cli.settings import Count, checked
+from prune_cli.settings import Count, Positive, checked
 
 Depth = Literal[11, 13, 16, 19]
 Classifier = Literal["single", "double"]
@@ -20,6 +20,7 @@ class VGG(nn.Module):
     classifier   `single`: one linear layer, as in network slimming (Liu et al., ICCV 2017) and
                  stripe-wise pruning (Meng et al., NeurIPS 2020); `double`: 512 - BN - ReLU -
                  classes, as in PFEC (Li et al., ICLR 2017) and neuron merging (Kim et al., 2020)
+    width        of every layer, times the published one; None = 1
 
     Layers are numbered as in PFEC: `features.conv1` to `features.conv{depth - 3}`.
     Shapes: images (N, channels, resolution, resolution) -> logits (N, classes).
@@ -27,25 +28,27 @@ class VGG(nn.Module):
     """
 
     def __init__(
-        self, channels: Count, resolution: Count, classes: Count, depth: Depth, classifier: Classifier = "single"
-    ):
+        self, channels: Count, resolution: Count, classes: Count,
+        depth: Depth, classifier: Classifier = "single", width: Positive | None = None,
+    ):  # fmt: skip
         super().__init__()
         stages = CONVS_PER_STAGE[checked(depth, Depth, "depth")]
-        self.features = _features(channels, resolution, stages)
+        widths = tuple(max(1, round(published * (width or 1))) for published in WIDTHS)
+        self.features = _features(channels, resolution, widths, stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         double = checked(classifier, Classifier, "classifier") == "double"
-        self.classifier = _two_layers(classes) if double else nn.Linear(WIDTHS[-1], classes)
+        self.classifier = _two_layers(widths[-1], classes) if double else nn.Linear(widths[-1], classes)
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.flatten(self.pool(self.features(x))))
 
 
-def _features(channels: int, resolution: int, stages: tuple[int, ...]) -> nn.Sequential:
+def _features(channels: int, resolution: int, widths: tuple[int, ...], stages: tuple[int, ...]) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     number = 0
-    for stage, (width, convs) in enumerate(zip(WIDTHS, stages, strict=True)):
+    for stage, (width, convs) in enumerate(zip(widths, stages, strict=True)):
         # A 1x1 map would leave a 3x3 kernel nothing but its centre: 2x2 is the least we pool to.
         if stage > 0 and resolution >= 4:
             layers[f"pool{stage}"] = nn.MaxPool2d(2)
@@ -59,10 +62,9 @@ def _features(channels: int, resolution: int, stages: tuple[int, ...]) -> nn.Seq
     return nn.Sequential(layers)
 
 
-def _two_layers(classes: int) -> nn.Sequential:
-    width = WIDTHS[-1]
+def _two_layers(width: int, classes: int) -> nn.Sequential:
     return nn.Sequential(
-        OrderedDict(fc1=nn.Linear(width, 512), bn=nn.BatchNorm1d(512), relu=nn.ReLU(), fc2=nn.Linear(512, classes))
+        OrderedDict(fc1=nn.Linear(width, width), bn=nn.BatchNorm1d(width), relu=nn.ReLU(), fc2=nn.Linear(width, classes))
     )
 
 
