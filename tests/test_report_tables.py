@@ -25,6 +25,7 @@ from prune_cli.report.counting import macs_removed, parameters_removed
 from prune_cli.report.formats import show, to_latex, to_markdown
 from prune_cli.report.layers import PIXELS
 from prune_cli.report.page import to_html
+from prune_cli.report.plots import plots
 from prune_cli.report.present import present
 from prune_cli.report.table import tables
 
@@ -89,6 +90,24 @@ def test_a_method_with_the_runs_seed_differs_by_seed_only(tmp_path):
 
 def test_a_command_given_twice_counts_once(tmp_path):
     assert [row["n"] for row in cells(written(tmp_path, record(), record()))] == ["1"]
+
+
+def test_latency_that_was_measured_once_stays(tmp_path):
+    first = record()
+    untimed = dataclasses.replace(first, stages=tuple(dataclasses.replace(s, latency=()) for s in first.stages))
+    assert [row["latency_batch_1_ms"] for row in cells(written(tmp_path, first, untimed))] == ["1"]
+
+
+def test_what_has_a_column_is_not_in_the_name(tmp_path):
+    """A folder of runs of all kinds: a data set of its own brings settings of its own."""
+    kinds = [
+        ({"name": "digits", "pad": 1}, {"name": "short", "epochs": 20}), ({"name": "fmnist", "pad": 4}, {"name": "short", "epochs": 20}),
+        ({"name": "fmnist", "pad": 4}, {"name": "smoke", "epochs": 2}), ({"name": "fmnist", "pad": 0}, {"name": "smoke", "epochs": 2}),
+    ]  # fmt: skip
+    runs = [record(i) for i in range(4)]
+    runs = [dataclasses.replace(r, config={**r.config, "dataset": d, "recipe": p}) for r, (d, p) in zip(runs, kinds)]
+    found = [(row["row"], row["dataset"], row["recipe"]) for row in cells(written(tmp_path, *runs))]
+    assert found == [("fp", "digits", "short"), ("fp", "fmnist", "short"), ("fp pad=4", "fmnist", "smoke"), ("fp pad=0", "fmnist", "smoke")]
 
 
 def test_rows_are_called_after_what_differs(tmp_path):
@@ -235,6 +254,18 @@ def test_rows_of_one_name_are_told_apart_on_the_page(tmp_path):
     assert "fp <span>ratio 30.00 %, 2 runs</span>" in page and "fp <span>ratio 50.00 %, 1 run</span>" in page
     assert "<p>torch 2.11</p><p>torch 2.12, git_dirty</p>" in page
     assert all(f"<code>prune-cli method=fp ratio=0.3 seed={seed}</code>" in page for seed in (0, 1))
+
+
+def test_a_line_of_a_plot_is_one_method_network_and_data_set(tmp_path):
+    runs = [record(ratio=r, settings={"lam": lam}) for r in (0.3, 0.5) for lam in (0.1, 0.5)]
+    other = record(ratio=0.5)
+    other = dataclasses.replace(other, config={**other.config, "dataset": {"name": "digits"}})
+    (table,) = tables(collect([written(tmp_path, *runs, other)]))
+    lines = re.findall(r">(fp[^<]*)</text>", plots(table)["macs"])
+    assert lines == ["fp lam=0.1 fmnist", "fp lam=0.5 fmnist", "fp digits"]
+    published = [record(reference=dataclasses.replace(REFERENCE, row=row)) for row in ("vgg16_50", "vgg16_2.5", "vgg19", "vgg_l1")]
+    (table,) = tables(collect([written(tmp_path / "published", *published)]))
+    assert re.findall(r">(vgg[^<]*)</text>", plots(table)["macs"]) == ["vgg16", "vgg19", "vgg_l1"]
 
 
 class Page(HTMLParser):

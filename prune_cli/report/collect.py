@@ -25,7 +25,8 @@ def collect(paths: Iterable[Path]) -> list[Run]:
     """The runs in these folders (all the way down) and files, oldest first.
 
     A command given twice finds its stages in the store and leaves a second record of the same
-    result: the younger one counts. A failure counts until the same command has ended well.
+    result: the younger one counts, unless latency was measured for the older one only. A failure counts
+    until the same command has ended well.
     Raises UserError: a path that is not there, or nothing but other files.
     """
     runs = [run for path in paths for run in _runs(Path(path))]
@@ -35,7 +36,9 @@ def collect(paths: Iterable[Path]) -> list[Run]:
     for run in sorted({run.path: run for run in runs}.values(), key=lambda run: (run.path.parent.name, run.path)):
         if run.complete:
             found.pop(("failed", run.record.command), None)
-        found[_identity(run.record)] = run
+        before = found.get(_identity(run.record))
+        if before is None or not _timed(before) or _timed(run):
+            found[_identity(run.record)] = run
     return list(found.values())
 
 
@@ -43,6 +46,10 @@ def _identity(record: Record) -> object:
     if record.status != "complete":
         return "failed", record.command
     return record.name, record.reference, tuple((result.stage, result.key) for result in record.stages)
+
+
+def _timed(run: Run) -> bool:
+    return any(result.latency for result in run.record.stages)
 
 
 def _runs(path: Path) -> Iterator[Run]:

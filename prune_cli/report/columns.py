@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from prune_cli.published import PaperNumbers
 from prune_cli.record import Record, StageResult
 from prune_cli.report.counting import last, macs_removed, parameters_removed
-from prune_cli.report.rows import Figures, Row, dataset_of, method_of, name_of, paper_drop, percent
+from prune_cli.report.rows import Figures, Row, method_of, name_of, paper_drop, percent
 from prune_cli.report.stages import DENSE, ORDER, TARGETS, measured_speedup, theoretical_speedup
 from prune_cli.report.summary import spread
 
@@ -83,12 +83,10 @@ def milliseconds(record: Record, batch: int, stage: str | None = None) -> float 
 
 def _names(rows: Sequence[Row], text: Callable[..., Column], referenced: bool) -> list[Column]:
     """The method where the row has a name of its own, and what not all rows have in common."""
-    named = [("method", method_of), ("model", lambda r: name_of(r, "model")), ("dataset", dataset_of)]
-    apart = [
-        (word, of) for word, of in named
-        if len({of(row.first) for row in rows} - {""}) > 1 and (word != "method" or referenced)
-    ]  # fmt: skip
-    return [text(word, word, "run", lambda row, of=of: of(row.first)) for word, of in apart]
+    parts = [("method", method_of)] if referenced else []
+    parts += [(part, lambda record, part=part: name_of(record, part)) for part in ("model", "dataset", "recipe")]
+    apart = [(part, of) for part, of in parts if len({of(row.first) for row in rows} - {""}) > 1]
+    return [text(part, part, "run", lambda row, of=of: of(row.first)) for part, of in apart]
 
 
 def _paper_way(rows: Sequence[Row], number: Callable[..., Column]) -> list[Column]:

@@ -16,7 +16,7 @@ STYLE = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--ground); color: var(--ink);
        font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
-main { max-width: 1180px; margin: 0 auto; padding: 40px 24px 80px }
+main { max-width: 1560px; margin: 0 auto; padding: 40px 24px 80px }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 28px 32px;
           margin-bottom: 28px; box-shadow: 0 1px 3px rgb(20 30 60 / .05) }
 h1 { font-size: 15px; letter-spacing: .08em; text-transform: uppercase; color: var(--quiet); margin: 0 0 16px }
@@ -25,8 +25,8 @@ h3 { font-size: 13px; color: var(--quiet); font-weight: 600; margin: 18px 0 6px 
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px }
 th { text-align: right; vertical-align: bottom; font-weight: 600; font-size: 12px; color: var(--quiet);
-     padding: 4px 10px 8px; border-bottom: 2px solid var(--line); white-space: pre-line; line-height: 1.25 }
-td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap }
+     padding: 4px 8px 8px; border-bottom: 2px solid var(--line); white-space: pre-line; line-height: 1.25 }
+td { text-align: right; padding: 7px 8px; border-bottom: 1px solid var(--line); white-space: nowrap }
 tr:last-child td { border-bottom: 0 } tbody tr:hover { background: #f8f9fc }
 th:first-child, td:first-child { text-align: left; padding-left: 0 } td:first-child { font-weight: 600 }
 td.paper, th.paper { color: var(--accent) } td small { color: var(--quiet); font-size: 12px }

@@ -73,13 +73,15 @@ def _plot(
 
 
 def _series(points: Sequence[tuple[Row, Figures]]) -> list[tuple[str, str, list[tuple[Row, Figures]]]]:
-    """Rows of one method and network are one line, from the smallest network to the largest."""
-    groups: dict[str, list[tuple[Row, Figures]]] = {}
+    """Rows of one method, network and data set are one line, from the smallest network to the largest."""
+    groups: dict[tuple[str, ...], list[tuple[Row, Figures]]] = {}
     for row, values in points:
         groups.setdefault(row.series, []).append((row, values))
+    differs = [len(set(parts)) > 1 for parts in zip(*groups)]
+    names = [" ".join([key[0], *(part for part, shown in zip(key[1:], differs[1:]) if shown)]) for key in groups]
     return [
         (name, COLORS[i % len(COLORS)], sorted(rows, key=lambda point: _spread(point[1])[0]))
-        for i, (name, rows) in enumerate(groups.items())
+        for i, (name, rows) in enumerate(zip(names, groups.values()))
     ]
 
 

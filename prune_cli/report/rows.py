@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -32,9 +32,12 @@ class Row:
         return (self.runs or self.failures)[0].record
 
     @property
-    def series(self) -> str:
-        """What rows have in common that differ in how much is removed: prune_50 and prune_60."""
-        return re.sub(r"[_ ]?\d+$", "", self.label) or self.label
+    def series(self) -> tuple[str, ...]:
+        """What rows have in common that differ in how much is removed: prune_50 and prune_60; outside a published
+        table also network, data set and recipe."""
+        if self.first.reference:
+            return (re.sub(r"_[\d.]+$", "", self.label),)
+        return self.label, *(name_of(self.first, part) for part in ("model", "dataset", "recipe"))
 
     @property
     def paper(self) -> PaperNumbers | None:
@@ -129,13 +132,13 @@ def _setting(record: Record) -> str:
     if record.reference:
         return record.reference.row
     if record.status != "complete":
-        return " ".join(_words(record)) or record.name
+        return " ".join(_overrides(record)) or record.name
     return json.dumps([record.name, *_flat(record).items()], sort_keys=True)
 
 
-def _words(record: Record) -> list[str]:
-    """The overrides of its command, but for the seed."""
-    return [word for word in shlex.split(record.command)[1:] if not word.startswith("seed=")]
+def _overrides(record: Record) -> list[str]:
+    """Those of its command, but for the seed."""
+    return [line for line in shlex.split(record.command)[1:] if not line.startswith("seed=")]
 
 
 def _flat(record: Record) -> dict[str, Any]:
@@ -155,30 +158,37 @@ def _flat(record: Record) -> dict[str, Any]:
 
 
 def _labels(records: Sequence[Record]) -> list[str]:
-    """Row names of a published table, else the method and what differs between its rows."""
+    """Row names of a published table, else the method and at most three settings that set the row apart from
+    those of the same method, model, data set and recipe, which have columns of their own."""
     if records[0].reference:
         return [record.reference.row for record in records]
-    shared = set.intersection(*(set(_words(record)) for record in records))
-    shown = ("method_name", "method.target", "method.ratio", "ratio", "model.name", "dataset.name", "name")
-    settings = [_flat(record) if record.status == "complete" else {} for record in records]
     labels = []
-    for record, own in zip(records, settings, strict=True):
-        if not own:
-            labels.append(_label_of_a_failure(record, shared))
-            continue
-        same = [other for other in settings if other.get("method_name") == own.get("method_name")]
-        apart = [key for key in own if key not in shown and any(other.get(key) != own[key] for other in same)]
-        short = [f"{key.rpartition('.')[2]}={_plain(own[key])}" for key in apart if not key.endswith("target")]
-        labels.append(" ".join([method_of(record), *short[:3]]))
+    for record in records:
+        alike = [other for other in records if _kind(other) == _kind(record)]
+        apart = _settings_apart if record.status == "complete" else _overrides_apart
+        labels.append(" ".join([method_of(record), *apart(record, alike if record.config else records)[:3]]))
     return labels
 
 
-def _label_of_a_failure(record: Record, shared: Collection[str]) -> str:
-    """Its settings may be wrong: the overrides speak that not all rows share, but for what has a column."""
-    if not record.config:
-        return " ".join([record.name, *(word for word in _words(record) if word not in shared)])
-    apart = [w for w in _words(record) if w not in shared and not w.startswith(("method=", "ratio=", "model=", "dataset="))]
-    return " ".join([method_of(record), *apart])
+def _kind(record: Record) -> tuple[str, ...]:
+    return method_of(record), *(name_of(record, part) for part in ("model", "dataset", "recipe"))
+
+
+def _settings_apart(record: Record, others: Sequence[Record]) -> list[str]:
+    """Settings besides the ratio that others have otherwise."""
+    own, settings = _flat(record), [_flat(other) for other in others if other.status == "complete"]
+    apart = [
+        key for key in own
+        if key not in ("ratio", "method.ratio", "name") and any(other.get(key) != own[key] for other in settings)
+    ]  # fmt: skip
+    return [f"{key.rpartition('.')[2]}={_plain(own[key])}" for key in apart if not key.endswith("target")]
+
+
+def _overrides_apart(record: Record, others: Sequence[Record]) -> list[str]:
+    """The same of a run that failed, whose settings may be wrong: what was written, but for what has a column."""
+    shared = set.intersection(*(set(_overrides(other)) for other in others))
+    columns = ("method=", "model=", "dataset=", "recipe=", "ratio=") if record.config else ()
+    return [line for line in _overrides(record) if line not in shared and not line.startswith(columns)]
 
 
 def _plain(value: Any) -> str:
