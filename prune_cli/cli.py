@@ -49,6 +49,9 @@ def main() -> int:
     except UserError as problem:
         say(str(problem))
         return 2
+    except BrokenPipeError:  # who reads our output has read enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so at exit
+        return 1
     except Exception as problem:  # of Hydra: a broken file in conf/, a plugin, a wrong pair of options
         if debugging:
             raise

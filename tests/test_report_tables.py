@@ -352,3 +352,14 @@ def test_a_report_waits_for_neither_torch_nor_hydras_composing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     assert json.loads((tmp_path / "runs/fp-lenet-fmnist-0.5/2026-01-01_00-00-00/record.json").read_text())
+
+
+@pytest.mark.parametrize("command", ["report --tables", "report runs", "--help"])
+def test_a_reader_may_stop_reading(command, tmp_path):
+    """As in `prune-cli report runs | head -1`."""
+    written(tmp_path / "runs", *(record(ratio=i / 100) for i in range(60)))
+    code = f"import sys; sys.argv = ['prune-cli', *'{command}'.split()]; from prune_cli.cli import main; sys.exit(main())"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-u", "-c", code], cwd=tmp_path, **pipes) as started:
+        started.stdout.close()
+        assert started.stderr.read() == b"" and started.wait() == 1
