@@ -81,7 +81,8 @@ def fold(graph: ChannelGraph, dead: Sequence[tuple[ChannelGroup, list[int]]], al
     fates, dropped = Counter({STAYS: alone}), []
     for group, channels in dead:
         places = {channel: _reading(graph, group, [channel]) for channel in channels}
-        fate = {c: GATED if _gated(graph, group) else readers.fate(inputs) for c, inputs in places.items()}
+        gated = _gated(graph, group)
+        fate = {channel: GATED if gated else readers.fate(inputs) for channel, inputs in places.items()}
         for channel in (channel for channel in channels if fate[channel] == FOLDED):
             for reader, inputs in places[channel].items():
                 if readers.fate({reader: inputs}) == FOLDED:  # behind another norm it may have none

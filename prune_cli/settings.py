@@ -92,12 +92,16 @@ class FinetuneSettings(FitSettings):
            new initial weights for as many epochs, `scratch_b` for as many multiply-adds as pretrain
            took, its epochs times dense / pruned MACs (Liu et al., "Rethinking the Value of Network
            Pruning", ICLR 2019)
+    rewind_step  optimizer step of pretrain to go back to instead of an epoch (Frankle et al., "Linear Mode
+           Connectivity and the Lottery Ticket Hypothesis", ICML 2020: a few hundred). The training from
+           there begins with the rest of the epoch that the step lies in
     distillation, temperature  weight and temperature of the term that teaches the dense network's
            answers (see `distillation`), whatever the start
     """
 
     start: Start = "trained"
     rewind_epoch: Natural = 0
+    rewind_step: Natural | None = None
     distillation: NonNegative = 0.0
     temperature: Positive = 4.0
 

@@ -46,17 +46,19 @@ def train_dense(shop: Workshop) -> Made:
     """The untrained network, trained without any hook; or, not trained, with weights from a checkpoint;
     or the dense network of the run that made the base.
 
-    Raises UserError: a network that is not trained here has no early weights to go back to.
+    Raises UserError: a network that is not trained here has no early weights to go back to, nor a short
+    training late ones.
     """
     recipe, checkpoint, begin = shop.experiment.recipe, shop.experiment.checkpoint, None
-    rewinds = "rewind" in (recipe.finetune.start, *recipe.controls)
+    starts = {recipe.finetune.start, *recipe.controls}
+    rewinds, step = "rewind" in starts, shop.rewound if starts & {"rewind", "learning_rate"} else 0
     if shop.base and shop.base.dense:
         return _given(shop, "dense", shop.base.dense)
     if checkpoint is not None:
         if rewinds:
             raise UserError("recipe: rewind needs a dense network that is trained here; model.checkpoint is another's")
         return _dense_from(shop, checkpoint)
-    if rewinds and recipe.finetune.rewind_epoch:
+    if rewinds and step >= shop.pretrain_steps:
         begin = rewind_point(shop).file("state.safetensors")  # the first epochs are the dense network's own
     return _fit_stage(shop, "dense", shop.untrained, recipe.pretrain, TrainingHooks(), begin_with=begin)
 
@@ -73,28 +75,26 @@ def _dense_from(shop: Workshop, checkpoint: str) -> Made:
 
 
 def rewind_point(shop: Workshop) -> Artifact:
-    """The dense network as it was at `recipe.finetune.rewind_epoch`, and the state to train it further.
-
-    Raises UserError: pretraining is not that long.
-    """
-    settings, epoch = shop.experiment.recipe.pretrain, shop.experiment.recipe.finetune.rewind_epoch
-    if epoch > settings.epochs:
-        raise UserError(f"recipe.finetune.rewind_epoch={epoch}: pretrain has {settings.epochs} epochs")
+    """The dense network as it was at `recipe.finetune.rewind_epoch` or `rewind_step`, and the state to train
+    it further, which is that of its last whole epoch, where there was one."""
+    recipe, step, steps = shop.experiment.recipe, shop.rewound, shop.pretrain_steps
+    settings, given = recipe.pretrain, recipe.finetune.rewind_step
+    stop = {"stop": recipe.finetune.rewind_epoch} if given is None else {"stop_step": given}
 
     def make(folder: Path, partial: Partial) -> Mapping[str, Any]:
         shop.rehearse()
         model = shop.untrained()
-        steps = steps_per_epoch(len(shop.splits.train), settings.batch_size)
-        with shop.journal.stage("rewind", epoch, steps) as monitor:
+        with shop.journal.stage("rewind", math.ceil(step / steps), steps) as monitor:
             history = fit(
                 model, shop.splits, settings, TrainingHooks(), precision=shop.precision, seed=shop.experiment.seed,
-                stage="dense", checkpoint=partial, monitor=monitor, stop=epoch,
+                stage="dense", checkpoint=partial, monitor=monitor, stop=step,
             )
         save_model(folder / "model.safetensors", model, shop.experiment.model, shop.splits.classes)
-        partial.copy(folder / "state.safetensors")
+        if step >= steps:
+            partial.copy(folder / "state.safetensors")
         return {"history": history}
 
-    return shop.produced("rewind", {**shop.common, "fit": settings, "stop": epoch}, make, None).artifact
+    return shop.produced("rewind", {**shop.common, "fit": settings, **stop}, make, None).artifact
 
 
 def go_on_from(shop: Workshop, base: Base) -> Made:
@@ -174,7 +174,8 @@ def finetune(shop: Workshop, cuts: Sequence[Made], dense: Made, start: Start, st
     if start == "trained":
         settings = recipe.finetune.fit
     elif start in ("learning_rate", "rewind"):
-        first = further["first"] = recipe.finetune.rewind_epoch
+        first = shop.rewound
+        further |= {"first": recipe.finetune.rewind_epoch, "first_step": recipe.finetune.rewind_step}
     elif start == "scratch_b":
         factor = dense.artifact.result["macs"] / last.artifact.result["macs"]
         settings = replace(settings, epochs=round(settings.epochs * factor))
@@ -188,7 +189,7 @@ def _begin(shop: Workshop, cuts: Sequence[Made], start: Start) -> nn.Module:
     """The cut network with the weights it is trained from."""
     if start in ("trained", "learning_rate"):
         return shop.trained(cuts[-1].artifact)
-    if start == "rewind" and shop.experiment.recipe.finetune.rewind_epoch:
+    if start == "rewind" and shop.rewound:
         model = shop.trained(rewind_point(shop))
     else:
         model = shop.untrained() if start == "rewind" else shop.untrained("scratch")
@@ -209,7 +210,7 @@ def _fit_stage(
 
     further     settings of the key besides those of every training
     zeros_of    whose zeros stay zeros
-    first       epoch of the schedule to start at
+    first       optimizer step of the schedule to start at
     begin_with  the state of a run that ended earlier, to go on from
     """
 

@@ -57,8 +57,9 @@ def fit(
 ) -> History:
     """Train `model` in place and return one row of figures per epoch.
 
-    Of the schedule's epochs those from `start` up to before `stop` are trained (None: to the end);
-    a run that ended at `stop` goes on from its checkpoint as if it had never ended.
+    Of the schedule's optimizer steps those from `start` up to before `stop` are trained (None: to the end). A run
+    that starts within an epoch takes the rest of that epoch's batches first. One that ended at `stop` goes on
+    from its checkpoint, which is that of the last whole epoch, as if it had never ended.
 
     The order of the hooks is drawn in `TrainingHooks`. Every epoch takes its randomness (order of
     the images, augmentation, dropout, hooks) from (seed, stage, epoch) and ends in `checkpoint`, so
@@ -73,10 +74,11 @@ def fit(
     else:
         with seeded(derive(seed, stage, "before_fit"), run.device):
             hooks.before_fit(model, run.progress())
-    while run.epoch < (settings.epochs if stop is None else stop):
+    last = run.steps if stop is None else stop
+    while run.step < last:
         epoch_seed = derive(seed, stage, run.epoch)
         with seeded(epoch_seed, run.device):
-            figures = _train_epoch(run, hooks, epoch_seed, monitor)
+            figures = _train_epoch(run, hooks, epoch_seed, monitor, last)
             hooks.after_epoch(model, run.progress())
         if splits.validation is not None:
             figures["validation"] = accuracy(model, splits.validation)
@@ -84,17 +86,21 @@ def fit(
         figures |= {f"sparsity/{layer}": float((tensor == 0).float().mean()) for layer, tensor in watched.items()}
         run.history.append(figures)
         _check_alive(run, stage, splits.classes)
-        checkpoint.save(run.state())
+        if run.step % run.per_epoch == 0:
+            checkpoint.save(run.state())
         monitor.epoch(run.epoch, figures, watched)
     return run.history
 
 
-def _train_epoch(run: "_Run", hooks: TrainingHooks, seed: int, monitor: Monitor) -> dict[str, float]:
+def _train_epoch(run: "_Run", hooks: TrainingHooks, seed: int, monitor: Monitor, last: int) -> dict[str, float]:
+    """Up to before step `last`, if that comes first."""
     model, optimizer, tally = run.model, run.optimizer, _Tally()
     model.train()
-    for x, y in run.splits.train.batches(run.settings.batch_size, seed=seed):
-        if run.leaves_out(x):
+    for step, (x, y) in enumerate(run.splits.train.batches(run.settings.batch_size, seed=seed), run.first_step):
+        if step < run.step or run.leaves_out(x):
             continue
+        if step == last:
+            break
         progress = run.progress()
         rate = run.set_learning_rate()
         with run.autocast():
@@ -126,17 +132,22 @@ class _Run:
         self.layout = torch.channels_last if convolves else torch.contiguous_format
         model.to(memory_format=self.layout)
         self.precision = precision
-        per_epoch = steps_per_epoch(len(splits.train), settings.batch_size)
-        self.steps = per_epoch * settings.epochs
+        self.per_epoch = steps_per_epoch(len(splits.train), settings.batch_size)
+        self.steps = self.per_epoch * settings.epochs
         self.travel = travel(settings, self.steps)
         self.optimizer = _optimizer(model, settings)
-        self.start, self.step = start, per_epoch * start
+        self.start, self.step = start // self.per_epoch, start
         self.history: History = []
 
     @property
     def epoch(self) -> int:
         """Epochs of the schedule that lie behind."""
         return self.start + len(self.history)
+
+    @property
+    def first_step(self) -> int:
+        """Of the epoch that comes next, or is under way."""
+        return self.per_epoch * self.epoch
 
     def leaves_out(self, x: Tensor) -> bool:
         """Whether the batch is a last one of a single image, which batch norm cannot normalise."""

@@ -124,6 +124,30 @@ class Workshop:
         gone = 1 - (1 - experiment.ratio) ** (number / experiment.rounds)
         return replace(self.goal, ratio=experiment.round_ratio if experiment.target == "units" else gone)
 
+    @cached_property
+    def rewound(self) -> int:
+        """The optimizer step of pretrain that rewinding goes back to.
+
+        Raises UserError: an epoch and a step are given; pretrain is not that long.
+        """
+        finetune, epochs = self.experiment.recipe.finetune, self.experiment.recipe.pretrain.epochs
+        epoch, step = finetune.rewind_epoch, finetune.rewind_step
+        if step is None:
+            if epoch > epochs:
+                raise UserError(f"recipe.finetune.rewind_epoch={epoch}: pretrain has {epochs} epochs")
+            return epoch * self.pretrain_steps
+        name = f"recipe.finetune.rewind_step={step}"
+        if epoch:
+            raise UserError(f"{name}: recipe.finetune.rewind_epoch={epoch} says where to go back to as well; give one")
+        if step > (steps := epochs * self.pretrain_steps):
+            raise UserError(f"{name}: pretrain has {steps} steps, {self.pretrain_steps} in each of its epochs")
+        return step
+
+    @cached_property
+    def pretrain_steps(self) -> int:
+        """Optimizer steps in one epoch of pretrain."""
+        return steps_per_epoch(len(self.splits.train), self.experiment.recipe.pretrain.batch_size)
+
     def rehearse(self) -> None:
         """Once, before the first training: prepare, penalise, select, compensate, cut and verify on the
         untrained network, or the base; twice where there are further rounds.

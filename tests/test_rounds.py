@@ -12,6 +12,7 @@ from toys import network, random_masks
 from prune_cli import load, pictures, stages, surgery
 from prune_cli.build import build
 from prune_cli.errors import UserError
+from prune_cli.hooks import TrainingHooks
 from prune_cli.journal import Journal
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.methods.weight import WeightPruning
@@ -131,14 +132,14 @@ def test_a_rewind_point_lies_on_the_way_of_the_dense_network(experiment, tmp_pat
     assert _same(_weights(tmp_path / "late", "finetuned"), _weights(tmp_path / "rewound", "finetuned"))
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_survivors_go_back_to_what_they_were_with_their_statistics(experiment, epoch):
+@pytest.mark.parametrize("where", ["rewind_epoch=0", "rewind_epoch=1", "rewind_step=0", "rewind_step=5"])
+def test_survivors_go_back_to_what_they_were_with_their_statistics(experiment, where):
     shop = _shop(experiment(
         "method=weight", "method.layers=all", "ratio=0.6", "rounds=2", "recipe.pretrain.epochs=2",
-        "recipe.finetune.start=rewind", f"recipe.finetune.rewind_epoch={epoch}",
+        "recipe.finetune.start=rewind", f"recipe.finetune.{where}",
     ))  # fmt: skip
     dense = stages.train_dense(shop)
-    early = shop.trained(stages.rewind_point(shop)) if epoch else shop.untrained()
+    early = shop.untrained() if where.endswith("=0") else shop.trained(stages.rewind_point(shop))
     cuts, network = [], dense
     for number in (1, 2):
         cuts.append(stages.prune(shop, network, number))
@@ -152,6 +153,34 @@ def test_survivors_go_back_to_what_they_were_with_their_statistics(experiment, e
         assert zeros(tuned).keep.keys() == zeros(begun).keep.keys()
         assert all(torch.equal(keep, zeros(begun).keep[name]) for name, keep in zeros(tuned).keep.items())
     assert both.obtained == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("step", [2, 4, 5])  # an epoch has four
+def test_a_step_to_go_back_to_is_one_that_the_dense_network_takes(step, experiment, tmp_path, monkeypatch):
+    passed = {}
+
+    def look(self, model, progress):
+        if type(self) is TrainingHooks:  # of the dense network
+            passed[progress.step + 1] = {n: t.clone() for n, t in model.state_dict().items()}
+
+    settings = "method=weight", "recipe.pretrain.epochs=3", "recipe.finetune.start=rewind", "recipe.controls=[learning_rate]"
+    plain = experiment("method=weight", "recipe.pretrain.epochs=3", f"runtime.store={tmp_path}/elsewhere")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingHooks, "after_step", look)
+        whole = run(plain, tmp_path / "whole", command="test")
+    rewinding = experiment(*settings, f"recipe.finetune.rewind_step={step}")
+    record = run(rewinding, tmp_path / "rewound", command="test")
+    assert record.stage("dense").key == whole.stage("dense").key
+    assert _same(_weights(tmp_path / "whole", "dense"), _weights(tmp_path / "rewound", "dense"))
+    assert ("dense: resumed after epoch 1 of 3" in (tmp_path / "rewound/run.log").read_text()) == (step >= 4)
+    (point,) = Path(rewinding.runtime.store).glob("rewind/*/model.safetensors")
+    assert _same(load_file(point), passed[step])
+    epochs = 3 - step // 4  # the rest of the epoch that the step lies in is one as well
+    assert record.stage("finetuned").epochs == record.stage("learning_rate").epochs == epochs
+    keys = {record.stage("finetuned").key}
+    for other in ("recipe.finetune.rewind_epoch=1", f"recipe.finetune.rewind_step={step + 1}"):
+        keys.add(run(experiment(*settings, other), tmp_path / other, command="test").stage("finetuned").key)
+    assert len(keys) == 3
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -171,8 +200,16 @@ def test_a_record_keeps_the_skeleton_of_every_filter(rounds, method, axis, exper
 
 
 def test_what_was_not_trained_here_is_not_rewound(experiment, tmp_path):
-    with pytest.raises(UserError, match=r"^recipe\.finetune\.rewind_epoch=5: pretrain has 1 epochs"):
-        run(experiment("method=weight", "recipe.finetune.start=rewind", "recipe.finetune.rewind_epoch=5"), tmp_path, command="")
+    def refused(sentence: str, *overrides: str, start: str = "rewind"):
+        with pytest.raises(UserError, match=sentence):
+            run(experiment("method=weight", f"recipe.finetune.start={start}", *overrides), tmp_path, command="")
+
+    too_far = "recipe.finetune.rewind_epoch=5"
+    refused(r"^recipe\.finetune\.rewind_epoch=5: pretrain has 1 epochs", too_far)
+    refused(r"^recipe\.finetune\.rewind_epoch=5: pretrain has 1 epochs", too_far, start="learning_rate")
+    step = "recipe.finetune.rewind_step=5"
+    refused(r"^recipe\.finetune\.rewind_step=5: pretrain has 4 steps, 4 in each of its epochs", step)
+    refused(r"rewind_step=5: recipe\.finetune\.rewind_epoch=1 says where to go back to as well", step, "recipe.finetune.rewind_epoch=1")
 
 
 # Controls

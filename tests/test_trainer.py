@@ -345,11 +345,11 @@ def test_a_run_that_stops_at_an_epoch_goes_on_from_there(case, tmp_path):
     """The first half is a run of its own; with it the second one ends where a run without a stop ends."""
     kind, changes, precision = CASES[case]
     settings = replace(SETTINGS, **changes)
-    whole, halves = _model(kind), _model(kind)
+    whole, halves, stop = _model(kind), _model(kind), 2 * steps_per_epoch(32, settings.batch_size)
     history = _fit(whole, settings, precision=precision)
-    assert _fit(halves, settings, precision=precision, checkpoint=Partial(tmp_path / "p"), stop=2) == history[:2]
+    assert _fit(halves, settings, precision=precision, checkpoint=Partial(tmp_path / "p"), stop=stop) == history[:2]
     assert not _same(_state(whole), _state(halves))
-    assert _fit(_model(kind), settings, precision=precision, stop=2) == history[:2]
+    assert _fit(_model(kind), settings, precision=precision, stop=stop) == history[:2]
     continued = _model(kind)
     assert _fit(continued, settings, precision=precision, checkpoint=Partial(tmp_path / "p")) == history
     assert _same(_state(whole), _state(continued))
@@ -365,18 +365,66 @@ def test_a_run_that_starts_later_takes_the_rest_of_the_schedule(tmp_path):
         def after_step(self, model, progress):
             seen.append((progress.epoch, progress.step))
 
-    history = _fit(_model(), hooks=Watch(), start=1, monitor=memory)
+    history = _fit(_model(), hooks=Watch(), start=4, monitor=memory)
     assert seen == [(1, 4), *((step // 4, step) for step in range(4, 12))]
     whole = _fit(_model())
     assert [row["learning_rate"] for row in history] == [row["learning_rate"] for row in whole[1:]]
     assert [epoch for epoch, *_ in memory.epochs] == [2, 3]
     with pytest.raises(KeyboardInterrupt):
-        _fit(_model(), start=1, checkpoint=Partial(tmp_path / "p"), monitor=Stops(6))
+        _fit(_model(), start=4, checkpoint=Partial(tmp_path / "p"), monitor=Stops(6))
     model = _model()
-    assert _fit(model, start=1, checkpoint=Partial(tmp_path / "p")) == history
+    assert _fit(model, start=4, checkpoint=Partial(tmp_path / "p")) == history
     other = _model()
-    _fit(other, start=1)
+    _fit(other, start=4)
     assert _same(_state(model), _state(other))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("whole_epochs", [0, 1])
+def test_a_run_that_stops_within_an_epoch_has_the_weights_of_one_that_does_not(case, whole_epochs, tmp_path):
+    """And its checkpoint is that of the last whole epoch, from which the longer run goes on."""
+    kind, changes, precision = CASES[case]
+    settings, passed = replace(SETTINGS, **{**changes, "batch_size": 8}), []
+    stop = 4 * whole_epochs + 2
+
+    class Look(TrainingHooks):
+        def after_step(self, model, progress):
+            if progress.step == stop - 1:
+                passed.append(_state(model))
+
+    history = _fit(whole := _model(kind), settings, Look(), precision=precision)
+    part, continued = _model(kind), _model(kind)
+    assert _fit(part, settings, precision=precision, checkpoint=Partial(tmp_path / "p"), stop=stop)[:-1] == history[:whole_epochs]
+    assert _same(_state(part), passed[0])
+    assert (Partial(tmp_path / "p").load() is None) == (not whole_epochs)
+    again = _model(kind)
+    _fit(again, settings, precision=precision, checkpoint=Partial(tmp_path / "p"), stop=stop)  # killed before it was kept
+    assert _same(_state(again), passed[0])
+    assert _fit(continued, settings, precision=precision, checkpoint=Partial(tmp_path / "p")) == history
+    assert _same(_state(whole), _state(continued))
+
+
+def test_a_run_that_starts_within_an_epoch_takes_the_rest_of_it_first(tmp_path):
+    class Watch(TrainingHooks):
+        def __init__(self):
+            self.seen = {}
+
+        def batch_loss(self, model, progress, x, logits):
+            self.seen[progress.epoch, progress.step] = x
+            return {}
+
+    memory, late, all_ = Memory(), Watch(), Watch()
+    history, whole = _fit(_model(), hooks=late, start=6, monitor=memory), _fit(_model(), hooks=all_)
+    assert list(late.seen) == [(step // 4, step) for step in range(6, 12)]
+    assert all(torch.equal(x, all_.seen[step]) for step, x in late.seen.items())
+    assert [row["learning_rate"] for row in history] == [row["learning_rate"] for row in whole[1:]]
+    assert [epoch for epoch, *_ in memory.epochs] == [2, 3]
+    with pytest.raises(KeyboardInterrupt):
+        _fit(_model(), start=6, checkpoint=Partial(tmp_path / "p"), monitor=Stops(4))
+    resumed, uninterrupted = _model(), _model()
+    assert _fit(resumed, start=6, checkpoint=Partial(tmp_path / "p")) == history
+    _fit(uninterrupted, start=6)
+    assert _same(_state(resumed), _state(uninterrupted))
 
 
 def test_two_hooks_work_as_one():
