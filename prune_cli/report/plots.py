@@ -49,7 +49,7 @@ def _plot(
     # Text stays text, and the same records give the same file.
     style = {"svg.fonttype": "none", "svg.hashsalt": "prune-cli", "font.size": 10, "font.family": "sans-serif"}
     with pyplot.rc_context({**style, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = pyplot.subplots(figsize=(5.2, 3.7), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(6.4, 3.7), layout="constrained")
         for name, color, rows in _series(points):
             x, dx = zip(*(_spread(values) for _, values in rows))
             y, dy = zip(*(_spread(row.final) for row, _ in rows))
@@ -65,7 +65,7 @@ def _plot(
             axes.plot([], [], "x", color="#555555", label="the paper")
         axes.set(xlabel=label, ylabel="top-1 %")
         axes.grid(alpha=0.25, lw=0.6)
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         pyplot.close(figure)
