@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from prune_cli import surgery
 from prune_cli.errors import UserError
 from prune_cli.hooks import Progress
+from prune_cli.masks import random_like
 from prune_cli.methods.slimming import NetworkSlimming
 
 NOW = Progress(epoch=0, epochs=1, step=0, steps=10, travel=100.0, weight_decay=1e-4)
@@ -126,6 +127,25 @@ def test_filters_of_residual_sums_by_option(shortcut):
     surgery.verify(surgery.mask(model, masks), small)
     for name, keep in masks.keep.items():
         assert small.model.get_submodule(name).out_channels == int(keep.sum())
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.99])
+def test_what_a_grouped_convolution_reads_goes_in_its_blocks(ratio):
+    """So that the grouped convolution shrinks with it: blocks of three, those with the smallest mean scale."""
+    model = network("toys.Cardinal")
+    model.bn1.weight.data = torch.tensor([0.9, 0.9, 0.1, 0.2, 0.3, 0.2, -0.8, 0.8, 0.7, 0.1, 0.6, 0.1])
+    assert set(NetworkSlimming().prune(model, ratio).keep) == {"project"}
+    masks = NetworkSlimming(residual=True).prune(model, ratio)
+    blocks = masks.keep["expand"].view(4, 3)
+    assert torch.equal(blocks.all(1), blocks.any(1)) and blocks.any()
+    gone = [block for block, kept in enumerate(blocks.any(1).tolist()) if not kept]
+    assert gone and set(gone) == {1, 3, 0} - set([1, 3, 0][len(gone) :])
+    assert abs(masks.obtained - ratio) * 20 <= 4  # what is left of a block stays, and one filter of each layer
+    for chosen in (masks, random_like(masks, seed=1)):
+        small = surgery.cut(model, chosen)
+        surgery.verify(surgery.mask(model, chosen), small)
+        assert small.model.spread.groups == small.model.spread.weight.shape[0] // 3 == 4 - len(gone)
+        assert small.model.expand.out_channels == small.model.project.in_channels == 12 - 3 * len(gone)
 
 
 def test_neurons_behind_a_norm_of_their_own_count_too():

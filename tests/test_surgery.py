@@ -33,6 +33,7 @@ NETWORKS = {
     "group norm": ("toys.GroupNormed", {}),
     "biased sum": ("toys.BiasedSum", {}),
     "pointwise": ("toys.Pointwise", {}),
+    "cardinal": ("toys.Cardinal", {}),
     "shuffled": ("toys.Shuffled", {}),
     "padded": ("toys.Padded", {}),
     "squeezed": ("toys.Squeezed", {}),

@@ -60,6 +60,21 @@ class Grouped(nn.Module):
         return self.fc(torch.relu(self.project(x)).mean((2, 3)))
 
 
+class Cardinal(nn.Module):
+    """The block of ResNeXt and RegNet: a 1x1 convolution, one with groups, another 1x1, a norm behind each."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.expand, self.bn1 = nn.Conv2d(channels, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.spread, self.bn2 = nn.Conv2d(12, 12, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(12)
+        self.project, self.bn3 = nn.Conv2d(12, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn2(self.spread(torch.relu(self.bn1(self.expand(x))))))
+        return self.fc(torch.relu(self.bn3(self.project(x))).mean((2, 3)))
+
+
 class GroupNormed(nn.Module):
     """A norm whose statistics mix channels, so that none of them can go unnoticed."""
 

@@ -1,7 +1,7 @@
 """Network slimming: "Learning Efficient Convolutional Networks through Network Slimming" (Liu et al., ICCV 2017)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli.channels import ChannelGraph
 from prune_cli.hooks import Progress
-from prune_cli.masks import Masks
+from prune_cli.masks import Coupled, Masks
 from prune_cli.method import PruningMethod, selection_field
 from prune_cli.prunable import Skip, weighted
 from prune_cli.selection import select_global, separation_note
@@ -33,8 +33,8 @@ class NetworkSlimming(PruningMethod):
               (lam 1e-4) and 2.7 for ResNet and DenseNet (lam 1e-5)
     most      no layer loses more than this fraction of its filters in one round (section 4.5: in each
               of six passes half of all, and at most half of a layer)
-    residual  also remove filters that write into a residual sum, each layer for itself; the paper
-              leaves the sums of ResNets whole
+    residual  also remove filters that write into a residual sum, each layer for itself, and those that a grouped
+              convolution reads, in its blocks by their mean scale; the paper leaves the sums of ResNets whole
     """
 
     unit: ClassVar[str] = "filter"
@@ -71,11 +71,23 @@ class NetworkSlimming(PruningMethod):
 
     def prune(self, model: nn.Module, ratio: float) -> Masks:
         scores = self.prunable(model).layers
+        blocks = _blocks(model, scores) if self.residual else {}
+        scores = scores | {n: scores[n].view(-1, b).mean(1).repeat_interleave(b) for n, b in blocks.items()}
         masks = select_global(scores, ratio, self.unit, 1.0 if self.most is None else self.most)
+        # Where the ratio or the floor ends within a block, the block stays.
+        whole = {n: masks.keep[n].view(-1, b).any(1).repeat_interleave(b) for n, b in blocks.items()}
+        coupled = tuple(Coupled((name,), block) for name, block in blocks.items())
+        masks = replace(masks, keep={**masks.keep, **whole}, coupled=coupled)
         return masks.with_notes(*separation_note(scores, masks, "scale of batch norm"))
 
     def watch(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: norm.weight.detach().abs() for name, norm in _scaled_norms(model).items()}
+
+
+def _blocks(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
+    """Of the layers whose filters a grouped convolution reads, and no sum, how many go with a block of its."""
+    groups = {group.sources: group for group in ChannelGraph(model).groups if group.removable and group.block > 1}
+    return {name: groups[name,].block for name in layers if (name,) in groups}
 
 
 def _scaled_norms(model: nn.Module) -> dict[str, nn.Module]:
