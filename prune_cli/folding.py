@@ -154,9 +154,10 @@ def _ranges(model: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor,
             low, high = low.minimum(seen[name][0]), high.maximum(seen[name][1])
         seen[name] = low, high
 
+    layers = {name: model.get_submodule(name) for name in names}
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda layer, inputs, name=name: note(name, layer, inputs[0]))
-        for name in names
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: note(name, layer, inputs[0]))
+        for name, layer in layers.items()
     ]
     try:
         with evaluating(model), torch.backends.cudnn.flags(enabled=False):
