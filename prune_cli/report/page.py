@@ -32,7 +32,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 } td:first-ch
 td.paper, th.paper { color: var(--accent) } td small { color: var(--quiet); font-size: 12px }
 tr.failed td, details p.failed { color: var(--bad) }
 ul.notes { color: var(--quiet); font-size: 13px; margin: 16px 0 0; padding: 0; list-style: none }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 18px; margin: 22px 0 8px }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 18px; margin: 22px 0 8px }
 .plots svg { width: 100%; height: auto }
 details { border-top: 1px solid var(--line); padding: 9px 0 } details:first-of-type { margin-top: 18px }
 summary { cursor: pointer; font-weight: 600; font-size: 14px } summary span { color: var(--quiet); font-weight: 400 }
