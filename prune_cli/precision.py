@@ -8,11 +8,16 @@ from prune_cli.evaluation import observe
 from prune_cli.settings import Precision
 
 
-def resolved_precision(precision: Precision, device: torch.device, model: nn.Module) -> Precision:
-    """What `auto` means for this network on this device; other values stand for themselves.
+LARGE_BATCH = 512  # images from which on fully connected networks gain by bfloat16 (scripts/benchmark_training.py)
 
-    bfloat16 where the hardware multiplies it and the network has convolutions: for fully connected
-    networks of this size the casts cost more than they save.
+
+def resolved_precision(precision: Precision, device: torch.device, model: nn.Module, batch_size: int) -> Precision:
+    """What `auto` means for this network, trained with such batches on this device; other values stand
+    for themselves.
+
+    bfloat16 where the hardware multiplies it and the network has convolutions. In a fully connected
+    network of this size the casts cost as much as they save, but for large batches on a processor
+    with matrix tiles.
 
     Raises UserError: bfloat16 is asked for where the processor would compute it wrongly.
     """
@@ -24,11 +29,14 @@ def resolved_precision(precision: Precision, device: torch.device, model: nn.Mod
         )
     if precision != "auto":
         return precision
-    if wrong is not None or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        return "float32"
+    convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+        faster = convolves and torch.cuda.is_bf16_supported(including_emulation=False)
+    elif convolves:
+        faster = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        faster = batch_size >= LARGE_BATCH and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if faster and wrong is None else "float32"
 
 
 def _wrong_in_bfloat16(model: nn.Module) -> str | None:

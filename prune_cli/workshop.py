@@ -78,7 +78,9 @@ class Workshop:
 
     @cached_property
     def precision(self) -> Precision:
-        return resolved_precision(self.experiment.recipe.precision, self.device, self.untrained())
+        recipe = self.experiment.recipe
+        smallest = min(settings.batch_size for settings in (recipe.pretrain, recipe.sparsify, recipe.finetune))
+        return resolved_precision(recipe.precision, self.device, self.untrained(), smallest)
 
     @cached_property
     def common(self) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def _fashion_mnist(data_root: Path, batch_size: int) -> Callable[[int], Splits]:
 def comparisons(data_root: Path | None, seconds: float) -> Iterator[dict]:
     """All rows of the result, one after the other."""
     for name, make in MODELS.items():
-        precision = resolved_precision("auto", torch.device("cpu"), make())
+        precision = resolved_precision("auto", torch.device("cpu"), make(), BATCH)
         layout = torch.contiguous_format if name == "lenet_300_100" else torch.channels_last
         model = make()
         loops = {
@@ -200,12 +200,13 @@ def comparisons(data_root: Path | None, seconds: float) -> Iterator[dict]:
         yield row(f"{name}, {precision}", images_per_second(loops, seconds), "trainer", "bare loop")
     for batch_size in (BATCH, 4 * BATCH, 16 * BATCH) if data_root else ():
         ours = _fashion_mnist(data_root, batch_size)
+        precision = resolved_precision("auto", torch.device("cpu"), MODELS["lenet_300_100"](), batch_size)
         loops = {
-            "trainer": trainer_loop(MODELS["lenet_300_100"](), ours, "float32", batch_size),
+            "trainer": trainer_loop(MODELS["lenet_300_100"](), ours, precision, batch_size),
             "DataLoader": dataloader_loop(MODELS["lenet_300_100"](), data_root, batch_size),
         }
         speeds = images_per_second(loops, seconds, batch_size)
-        yield row(f"lenet_300_100 on fashion_mnist, batch {batch_size}", speeds, "trainer", "DataLoader")
+        yield row(f"lenet_300_100 on fashion_mnist, batch {batch_size}, {precision}", speeds, "trainer", "DataLoader")
     for name in ("resnet56", "vgg16"):
         loops = {
             "bfloat16, channels_last": bare_loop(MODELS[name](), "bfloat16", torch.channels_last),

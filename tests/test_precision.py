@@ -26,11 +26,17 @@ def processor(request, monkeypatch):
 
 def test_auto_takes_bfloat16_for_convolutions_where_the_processor_multiplies_it(processor):
     convolution, linear = network(nn.Conv2d(3, 4, 3)), network(nn.Flatten(), nn.Linear(192, 4))
-    assert resolved_precision("auto", CPU, convolution) == ("bfloat16" if processor else "float32")
-    assert resolved_precision("auto", CPU, linear) == "float32"
+    assert resolved_precision("auto", CPU, convolution, 64) == ("bfloat16" if processor else "float32")
+    assert resolved_precision("auto", CPU, linear, 64) == "float32"
     for model in (convolution, linear):
-        assert resolved_precision("float32", CPU, model) == "float32"
-        assert resolved_precision("bfloat16", CPU, model) == "bfloat16"
+        assert resolved_precision("float32", CPU, model, 64) == "float32"
+        assert resolved_precision("bfloat16", CPU, model, 64) == "bfloat16"
+
+
+@pytest.mark.parametrize(("tiles", "batch_size", "expected"), [(True, 511, "float32"), (True, 512, "bfloat16"), (False, 512, "float32")])
+def test_auto_takes_bfloat16_for_large_batches_where_the_processor_has_matrix_tiles(tiles, batch_size, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert resolved_precision("auto", CPU, network(nn.Flatten(), nn.Linear(192, 4)), batch_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,10 +51,10 @@ def test_auto_takes_bfloat16_for_convolutions_where_the_processor_multiplies_it(
 )
 def test_a_step_wider_than_the_input_is_trained_in_float32(layer, size, right, processor):
     model = network(layer, shape=(3, size, size))
-    assert resolved_precision("auto", CPU, model) == ("bfloat16" if right and processor else "float32")
+    assert resolved_precision("auto", CPU, model, 64) == ("bfloat16" if right and processor else "float32")
     if not right:
         with pytest.raises(UserError, match="recipe.precision=bfloat16: 0 takes steps that are wider than its input"):
-            resolved_precision("bfloat16", CPU, model)
+            resolved_precision("bfloat16", CPU, model, 64)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -59,7 +65,7 @@ def test_gradients_are_right_in_the_precision_that_auto_takes(size, stride):
     model = network(nn.Conv2d(32, 64, 3, stride, padding=1, bias=False), shape=(32, size, size))
     model.to(memory_format=torch.channels_last)
     x = torch.randn(8, *model.input_shape).contiguous(memory_format=torch.channels_last)
-    precision = resolved_precision("auto", CPU, model)
+    precision = resolved_precision("auto", CPU, model, 64)
 
     def gradient(enabled: bool) -> torch.Tensor:
         model.zero_grad()
