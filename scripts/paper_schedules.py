@@ -85,6 +85,8 @@ def run(options: argparse.Namespace) -> dict[str, dict]:
                     running[job] = subprocess.Popen(
                         [sys.executable, "-m", "prune_cli", *options.command(job)], cwd=options.work, env=environment,
                         stdout=log, stderr=subprocess.STDOUT,
+                        # A shell starts what runs behind it with Ctrl-C ignored, and jobs would inherit that.
+                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                     )  # fmt: skip
                 state[job]["state"] = "running"
             for job in [job for job, process in running.items() if process.poll() is not None]:

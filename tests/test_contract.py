@@ -83,8 +83,9 @@ def test_the_pipeline_runs_and_a_second_run_trains_nothing(experiment, tmp_path)
     assert [replace(s, cached=False) for s in second.stages] == list(first.stages)
 
 
-def test_warm_and_cold_store_agree(experiment, tmp_path):
+def test_warm_and_cold_store_agree(method, compose, tmp_path):
     """A ratio sweep that finds its training in the store ends where a run from nothing ends."""
+    experiment = _experiment(compose, method, "TinyResNet")
     other = replace(experiment, ratio=0.3)
     run(other, tmp_path / "other", command="test")
     warm = run(experiment, tmp_path / "warm", command="test")
@@ -144,8 +145,8 @@ def test_the_ratio_is_met_and_no_layer_is_emptied(experiment, ratio):
 def test_masked_differs_from_dense_and_equals_cut(experiment, seed):
     model = randomise(_prepared(experiment), seed)
     masks = experiment.method.prune(model, RATIO)
-    model = experiment.method.compensate(model, masks)
-    masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
+    compensated = experiment.method.compensate(model, masks)
+    masked, small = surgery.mask(compensated, masks), surgery.cut(compensated, masks)
     x = torch.randn(8, *model.input_shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         dense, expected, found = (m.eval()(x) for m in (surgery.plain(model), masked, small.model))
