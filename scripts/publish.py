@@ -169,7 +169,8 @@ def trained_network(table: str) -> str:
         f"{pruned.accuracy:.1%} pruned, {record.objective:.1%} at the end. float32, {_where(environment['machine'])}, "
         f"torch {environment['versions']['torch']}."
     )
-    return "\n".join(lines) + f"\n\n{said}\n"
+    warned = "".join(f" The run itself says: {note}" for note in record.notes)
+    return "\n".join(lines) + f"\n\n{said}{warned}\n"
 
 
 def report(table: str) -> str:
@@ -241,11 +242,13 @@ PARTS: dict[str, tuple[Callable[[str], str], str]] = {
     "training-speed": (benchmark, "training_speed"),
     "removal-proof": (removal, "torchvision_proof"),
     "kernel-speed": (kernels, "bench_kernel"),
+    "trained-vgg16": (trained_network, "bench_vgg16"),
     "merging-speed": (merging, "merging_speed"),
     "lenet-checkpoint": (report, "lenet_checkpoint"),
     "lenet": (report, "lenet"),
+    "comparison": (report, "comparison"),
 }
-REPORTS = ("lenet_checkpoint", "lenet")
+REPORTS = ("lenet_checkpoint", "lenet", "comparison")
 
 
 def generated(readme: str) -> str:
