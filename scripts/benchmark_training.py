@@ -7,8 +7,8 @@
 2. memory formats and precisions of the bare loop against each other;
 3. LeNet-300-100 on Fashion-MNIST (needs --data): the trainer against the usual DataLoader with
    per-sample transforms and one worker.
-All loops of a comparison take turns, so a drift of the machine's speed hits all alike; what is
-printed is the median of the turns' ratios.
+All loops of a comparison take turns, so a drift of the machine's speed hits all alike, the trainer
+and the bare loop even step by step; what is printed is the median of the turns' ratios.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from prune_cli.hooks import TrainingHooks
 from prune_cli.models.lenet import LeNet300100
 from prune_cli.models.resnet import CifarResNet
 from prune_cli.models.vgg import VGG
-from prune_cli.settings import FitSettings
 from prune_cli.precision import resolved_precision
+from prune_cli.settings import FitSettings
 from prune_cli.trainer import fit
 
 BATCH = 128
@@ -66,6 +66,18 @@ class Silent:
     def epoch(self, epoch, values, tensors=None) -> None: ...
 
 
+class Interleaved(Silent):
+    """After every step of the trainer runs another loop's step; its time is taken apart."""
+
+    def __init__(self, other: Callable[[int], None]) -> None:
+        self.other, self.seconds = other, 0.0
+
+    def step(self) -> None:
+        began = time.perf_counter()
+        self.other(1)
+        self.seconds += time.perf_counter() - began
+
+
 def bare_loop(model: nn.Module, precision: str, layout: torch.memory_format) -> Callable[[int], None]:
     """The shortest training loop there is, on one batch that never changes."""
     model = model.to(memory_format=layout).train()
@@ -86,15 +98,14 @@ def bare_loop(model: nn.Module, precision: str, layout: torch.memory_format) -> 
 
 def trainer_loop(
     model: nn.Module, splits_of: Callable[[int], Splits], precision: str, batch_size: int = BATCH
-) -> Callable[[int], None]:
+) -> Callable[..., None]:
     """`trainer.fit` over `steps` batches."""
     settings = replace(FIT, batch_size=batch_size)
 
-    def run(steps: int) -> None:
-        silent = Silent()
+    def run(steps: int, monitor: Silent | None = None) -> None:
         fit(
             model, splits_of(steps), settings, TrainingHooks(), precision=precision, seed=0, stage="dense",
-            checkpoint=silent, monitor=silent,
+            checkpoint=Silent(), monitor=monitor or Silent(),
         )  # fmt: skip
 
     return run
@@ -126,11 +137,7 @@ def images_per_second(
     """Every loop's speed in every turn; the loops take turns of about `seconds`."""
     steps = {}
     for name, loop in loops.items():
-        loop(2)  # warm-up: allocations, choice of kernels
-        began = time.perf_counter()
-        loop(2)
-        per_step = (time.perf_counter() - began) / 2
-        steps[name] = min(max(SHORTEST, int(seconds / per_step)), FASHION_MNIST_IMAGES // batch_size)
+        steps[name] = min(steps_of(loop, seconds), FASHION_MNIST_IMAGES // batch_size)
         loop(steps[name])  # and its data
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(TURNS):
@@ -138,6 +145,29 @@ def images_per_second(
             began = time.perf_counter()
             loop(steps[name])
             speeds[name].append(steps[name] * batch_size / (time.perf_counter() - began))
+    return speeds
+
+
+def steps_of(loop: Callable[[int], None], seconds: float) -> int:
+    """How many steps a turn of `seconds` has; the loop is warm then."""
+    loop(2)  # allocations, choice of kernels
+    began = time.perf_counter()
+    loop(2)
+    return max(SHORTEST, int(2 * seconds / (time.perf_counter() - began)))
+
+
+def step_by_step(trainer: Callable[..., None], bare: Callable[[int], None], seconds: float) -> dict[str, list[float]]:
+    """Both loops' speed in every turn, in which their steps alternate."""
+    steps = max(steps_of(bare, seconds), steps_of(trainer, seconds))
+    speeds: dict[str, list[float]] = {"trainer": [], "bare loop": []}
+    trainer(steps)  # makes the data
+    for _ in range(TURNS):
+        other = Interleaved(bare)
+        began = time.perf_counter()
+        trainer(steps, other)
+        elapsed = time.perf_counter() - began
+        speeds["trainer"].append(steps * BATCH / (elapsed - other.seconds))
+        speeds["bare loop"].append(steps * BATCH / other.seconds)
     return speeds
 
 
@@ -193,11 +223,8 @@ def comparisons(data_root: Path | None, seconds: float) -> Iterator[dict]:
         precision = resolved_precision("auto", torch.device("cpu"), make(), BATCH)
         layout = torch.contiguous_format if name == "lenet_300_100" else torch.channels_last
         model = make()
-        loops = {
-            "trainer": trainer_loop(model, _synthetic(model), precision),
-            "bare loop": bare_loop(make(), precision, layout),
-        }
-        yield row(f"{name}, {precision}", images_per_second(loops, seconds), "trainer", "bare loop")
+        trainer, bare = trainer_loop(model, _synthetic(model), precision), bare_loop(make(), precision, layout)
+        yield row(f"{name}, {precision}", step_by_step(trainer, bare, seconds), "trainer", "bare loop")
     for batch_size in (BATCH, 4 * BATCH, 16 * BATCH) if data_root else ():
         ours = _fashion_mnist(data_root, batch_size)
         precision = resolved_precision("auto", torch.device("cpu"), MODELS["lenet_300_100"](), batch_size)

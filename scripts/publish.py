@@ -190,7 +190,7 @@ def _report(table: str) -> ReportTable:
 def report_files(table: str) -> dict[Path, str]:
     """The table's files, by path."""
     found, folder = _report(table), PUBLISHED / table
-    plotted = {folder / f"{name}.svg": svg for name, svg in plots(found).items() if name == "macs"}
+    plotted = {folder / f"{name}.svg": svg for name, svg in plots(found).items()}
     return {folder / "report.md": to_markdown(found), folder / "report.csv": to_csv([found]), **plotted}
 
 
