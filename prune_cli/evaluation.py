@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode for a while, and what a network does in it with an image."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,20 +21,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def observe(
     model: nn.Module,
-    input_shape: tuple[int, ...],
+    x: Tensor,
     layers: Iterable[nn.Module],
     note: Callable[[nn.Module, tuple[Tensor, ...], Tensor], None],
-) -> None:
-    """Show `model` one blank image of shape (C, H, W) and call `note(layer, inputs, output)` whenever one
-    of the layers runs. The model is left as it was, training flags included."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+) -> Tensor:
+    """What `model` makes of the images `x` (N, C, H, W); `note(layer, inputs, output)` is called whenever one
+    of the layers has run. The model is left as it was, training flags included."""
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
         with evaluating(model), torch.no_grad():
-            model(torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
+            return model(x)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def blank_image(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+    """(1, *`input_shape`) of zeros as the model reads them, for what does not depend on the image."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
 
 
 def random_images(model: nn.Module, count: int = 4) -> Tensor:

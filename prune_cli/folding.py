@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from prune_cli.channels import ChannelGraph, ChannelGroup
-from prune_cli.evaluation import evaluating, random_images
+from prune_cli.evaluation import observe, random_images
 from prune_cli.slicing import follows
 
 ALIKE = 1e-5  # relative: pooling over windows of several sizes rounds a constant in several ways
@@ -142,29 +142,21 @@ def _gated(graph: ChannelGraph, group: ChannelGroup) -> bool:
     return any(not follows(graph.model.get_submodule(name)) for name in others)
 
 
-@torch.no_grad()
 def _ranges(model: nn.Module, names: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Per layer the lowest and the highest value (I,) of each input, over images, places and calls."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def note(name: str, layer: nn.Module, x: Tensor) -> None:
-        values = x.movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2)
+    layers = {model.get_submodule(name): name for name in names}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        values = inputs[0].movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2)
         low, high = values.amin(0), values.amax(0)
-        if name in seen:
+        if (name := layers[layer]) in seen:
             low, high = low.minimum(seen[name][0]), high.maximum(seen[name][1])
         seen[name] = low, high
 
-    layers = {name: model.get_submodule(name) for name in names}
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, name=name: note(name, layer, inputs[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        with evaluating(model), torch.backends.cudnn.flags(enabled=False):
-            model(random_images(model))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.backends.cudnn.flags(enabled=False):
+        observe(model, random_images(model), layers, note)
     return seen
 
 

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.errors import UserError
-from prune_cli.evaluation import observe
+from prune_cli.evaluation import blank_image, observe
 from prune_cli.settings import Precision
-
 
 LARGE_BATCH = 512  # images from which on fully connected networks gain by bfloat16 (scripts/benchmark_training.py)
 
@@ -54,5 +53,5 @@ def _wrong_in_bfloat16(model: nn.Module) -> str | None:
             found.append(convolutions[layer])
 
     if convolutions:
-        observe(model, model.input_shape, convolutions, note)
+        observe(model, blank_image(model, model.input_shape), convolutions, note)
     return found[0] if found else None

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli.channels import ChannelGraph, ChannelGroup, united
 from prune_cli.errors import StageError
-from prune_cli.evaluation import evaluating, random_images
+from prune_cli.evaluation import observe, random_images
 from prune_cli.folding import Share, fold
 from prune_cli.layers.gathered import GatheredConv2d
 from prune_cli.layers.scatter import scattered
@@ -155,7 +155,6 @@ def _cut(model: nn.Module, removal: _Removal, masks: Masks) -> Cut:
     return Cut(model, remaining, removed, renamed, unread, shifted, removal.notes)
 
 
-@torch.no_grad()
 def verify(masked: nn.Module, small: Cut, tolerance: float = 1e-4) -> None:
     """Compare the two networks layer by layer, in evaluation mode on random images.
 
@@ -292,15 +291,9 @@ def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
     def note(layer: nn.Module, _, output: Tensor) -> None:
         # A copy: behind a scatter, an activation that works in place no longer works upon this tensor.
-        outputs.setdefault(names[layer], output.detach().clone())
+        outputs.setdefault(names[layer], output.clone())
 
-    handles = [module.register_forward_hook(note) for module in names]
-    try:
-        with evaluating(model):
-            result = model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    result = observe(model, x, names, note)
     return {**outputs, "": result}
 
 

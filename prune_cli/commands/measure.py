@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from prune_cli.checkpoint import load_model
 from prune_cli.errors import UserError
-from prune_cli.evaluation import observe
+from prune_cli.evaluation import blank_image, observe
 from prune_cli.inference import InferenceConv2d, for_inference
 from prune_cli.kernels.operation import Implementation, Operation
 from prune_cli.kernels.plan import choose, require
@@ -258,7 +258,11 @@ def _input_shapes(network: nn.Module) -> dict[str, torch.Size]:
     """(C, H, W) of what each convolution is given."""
     names = {m: name for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, InferenceConv2d))}
     shapes: dict[str, torch.Size] = {}
-    observe(network, network.input_shape, names, lambda m, inputs, _: shapes.update({names[m]: inputs[0].shape[1:]}))
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        shapes[names[layer]] = inputs[0].shape[1:]
+
+    observe(network, blank_image(network, network.input_shape), names, note)
     return shapes
 
 

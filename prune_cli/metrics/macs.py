@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from prune_cli.errors import UserError
-from prune_cli.evaluation import observe
+from prune_cli.evaluation import blank_image, observe
 
 
 @runtime_checkable
@@ -49,7 +49,7 @@ def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]
     def count(layer: nn.Module, _, output: Tensor) -> None:
         counted[names[layer]] += layer.macs(output) if isinstance(layer, CountsMacs) else dense_macs(layer, output)
 
-    observe(model, input_shape, dict.fromkeys(_layers(model)), count)
+    observe(model, blank_image(model, input_shape), dict.fromkeys(_layers(model)), count)
     return counted
 
 
@@ -65,7 +65,8 @@ def count_elementwise(model: nn.Module, input_shape: tuple[int, ...]) -> dict[st
         kind = next(kind for kind, types in ELEMENTWISE.items() if isinstance(layer, types))
         counted[kind] += inputs[0].numel() if kind == "pool" else output.numel()
 
-    observe(model, input_shape, [m for m in model.modules() if isinstance(m, sum(ELEMENTWISE.values(), ()))], count)
+    layers = [m for m in model.modules() if isinstance(m, sum(ELEMENTWISE.values(), ()))]
+    observe(model, blank_image(model, input_shape), layers, count)
     return counted
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from prune_cli.errors import UserError, one_line
+from prune_cli.evaluation import evaluating
 from prune_cli.targets import is_ours, resolve
 
 
@@ -49,17 +50,14 @@ class ModelSpec:
         if not isinstance(model, nn.Module):
             raise UserError(f"{where}: makes a {type(model).__name__}, must make a torch.nn.Module")
         images = torch.zeros(2, channels, resolution, resolution)
-        training = [(module, module.training) for module in model.modules()]
         try:
-            with torch.no_grad():
-                logits = model.eval()(images)
+            with torch.no_grad(), evaluating(model):
+                logits = model(images)
         except Exception as problem:  # of the user's code, whatever it is
             raise UserError(
                 f"{where}: does not read images of shape {tuple(images.shape)} ({one_line(problem)}); a parameter "
                 "named channels or resolution is given the data set's"
             ) from problem
-        for module, flag in training:
-            module.training = flag
         if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise UserError(
