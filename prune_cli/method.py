@@ -13,7 +13,7 @@ function of `Progress`; so an interrupted run resumes without a line of method c
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -103,6 +103,12 @@ class PruningMethod(TrainingHooks, ABC):
         target = f"{type(self).__module__}.{type(self).__qualname__}"
         trained = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("selection")}
         return {"target": target, "source": source_hash(target), **trained}
+
+    def selection_settings(self) -> dict[str, Any]:
+        """All that prune depends on; part of its key. `drop`, what every cut did before there was a choice,
+        is None."""
+        constant = None if self.constant == "drop" else self.constant
+        return {**self.training_settings(), **asdict(self), "constant": constant}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ test set, read once, when the stage is made.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,8 @@ def sparsify(shop: Workshop, network: Made, number: int) -> Made:
 def prune(shop: Workshop, source: Made, number: int) -> Made:
     """Select, compensate, cut, and verify that the cut network is the masked one."""
     method, budget = shop.method, shop.budget(number)
-    selection = asdict(method) | {"constant": None if method.constant == "drop" else method.constant}
     settings = {
-        **shop.common, "method": {**method.training_settings(), **selection}, "ratio": budget.ratio,
+        **shop.common, "method": method.selection_settings(), "ratio": budget.ratio,
         "target": None if budget.target == "units" else budget.target,
     }  # fmt: skip
 
