@@ -125,9 +125,8 @@ def merging(table: str) -> str:
 def kernels(table: str) -> str:
     """`prune-cli bench kernel`: geometric means over the layers, and the slowest one."""
     groups: dict[float, list[dict[str, str]]] = defaultdict(list)
-    with (PUBLISHED / table / "table.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            groups[float(row["ratio"])].append(row)
+    for row in _rows(PUBLISHED / table / "table.csv"):
+        groups[float(row["ratio"])].append(row)
     lines = ["| stripes removed | layers | dense plans | speedup, geometric mean | slowest layer | fastest layer |"]
     lines.append("| ---: | ---: | ---: | ---: | --- | --- |")
     for ratio, rows in sorted(groups.items()):
@@ -145,8 +144,7 @@ def kernels(table: str) -> str:
 
 def trained_network(table: str) -> str:
     """`prune-cli bench model`: the layers and the whole of one run's network, and what that run was."""
-    with (PUBLISHED / table / "table.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(PUBLISHED / table / "table.csv")
     lines = ["| batch | stripe layers | dense plans | their speedup, geometric mean | slowest layer | whole network, ms | speedup |"]
     lines.append("| ---: | ---: | ---: | ---: | --- | --- | ---: |")
     for batch in dict.fromkeys(row["batch"] for row in rows):
@@ -206,8 +204,7 @@ def picture() -> None:
 
 def removal(table: str) -> str:
     """`scripts/prove_removal.py`: per method over torchvision's models."""
-    with (PUBLISHED / table / "rows.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(PUBLISHED / table / "rows.csv")
     lines = ["| method | models | lossless | nothing to prune | fails | channels removed % | MACs removed % | max difference |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -224,6 +221,11 @@ def removal(table: str) -> str:
     environment = json.loads((PUBLISHED / table / "env.json").read_text())
     models = len({row["model"] for row in rows})
     return "\n".join(lines) + f"\n\n{models} models, float32, torch {environment['versions']['torch']}.\n"
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _where(machine: dict) -> str:
