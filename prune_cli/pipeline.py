@@ -21,8 +21,8 @@ from prune_cli.pictures import packed
 from prune_cli.record import Latency, LayerChange, Record, StageResult
 from prune_cli.report.stages import render
 from prune_cli.settings import Control
-from prune_cli.workshop import Made, Workshop
 from prune_cli.store import Store, canonical, full_disk_explained, key_of
+from prune_cli.workshop import Made, Workshop
 
 BATCHES = (1, 128)  # batch sizes whose latency is measured
 CONTROLS = {"random", "random_finetuned", *get_args(Control)}  # stages that a run is compared with

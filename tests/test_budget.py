@@ -12,13 +12,13 @@ from prune_cli.budget import HIGHEST, NEAR, Budget
 from prune_cli.build import build
 from prune_cli.compose import CONF
 from prune_cli.errors import UserError
-from prune_cli.metrics.macs import count_macs, count_parameters
 from prune_cli.methods.fp import FilterPruning
 from prune_cli.methods.fpgm import GeometricMedian
 from prune_cli.methods.group import GroupPruning
 from prune_cli.methods.sfp import SoftFilterPruning
 from prune_cli.methods.stripe import StripePruning
 from prune_cli.methods.weight import WeightPruning
+from prune_cli.metrics.macs import count_macs, count_parameters
 from prune_cli.models.spec import ModelSpec
 from prune_cli.pipeline import run
 

@@ -20,8 +20,8 @@ from prune_cli.journal import Journal, StageJournal
 from prune_cli.method import PruningMethod
 from prune_cli.models.spec import ModelSpec
 from prune_cli.pipeline import run
-from prune_cli.workshop import Workshop
 from prune_cli.store import Store
+from prune_cli.workshop import Workshop
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 RATIO = 0.5

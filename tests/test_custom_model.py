@@ -14,8 +14,8 @@ import prune_cli
 from prune_cli.build import build
 from prune_cli.errors import UserError
 from prune_cli.models.spec import ModelSpec
-from prune_cli.workshop import Workshop
 from prune_cli.targets import source_hash
+from prune_cli.workshop import Workshop
 
 def process(here: Path, *command: str) -> subprocess.CompletedProcess:
     """In a process that has the current directory on no path, as a console script."""

@@ -21,8 +21,8 @@ from prune_cli.pipeline import run
 from prune_cli.record import Record
 from prune_cli.repeated import lifted, packed, packing, unpacked, zeros
 from prune_cli.report.stages import sentences
-from prune_cli.workshop import Workshop
 from prune_cli.store import Store
+from prune_cli.workshop import Workshop
 
 QUICK = "debug=default", "dataset=digits", "runtime.latency_seconds=0"
 

@@ -23,8 +23,8 @@ from prune_cli.build import build
 from prune_cli.errors import StageError, UserError
 from prune_cli.journal import Journal
 from prune_cli.pipeline import run
-from prune_cli.workshop import Workshop
 from prune_cli.store import Partial, Store, full_disk_explained, key_of
+from prune_cli.workshop import Workshop
 
 # The keys of `prune-cli method=... recipe.precision=float32`, all else at its default. They change
 # when, and only when, the same command computes something else than before: a default in conf/ got
