@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import SETTINGS, Waits, _fit, _model, _same, _splits, _state
+from fitting import SETTINGS, Waits, noise_splits, run_fit, same_state, state_of, untrained
 from tiny import TinyVGG
 from torch import nn
 
@@ -40,23 +40,23 @@ def test_the_term_is_the_divergence_of_the_softened_answers(temperature):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_student_learns_the_teacher_and_the_teacher_nothing(precision):
-    teacher = _model(TinyVGG).eval()
-    _fit(teacher, replace(SETTINGS, epochs=6), splits=_splits(64))
+    teacher = untrained(TinyVGG).eval()
+    run_fit(teacher, replace(SETTINGS, epochs=6), splits=noise_splits(64))
     teacher.eval().zero_grad()
-    before = _state(teacher)
+    before = state_of(teacher)
     settings = replace(SETTINGS, epochs=8, lr=0.05)
-    history = _fit(_model(), settings, Distillation(teacher, 4.0, 2.0), precision=precision, splits=_splits(64))
+    history = run_fit(untrained(), settings, Distillation(teacher, 4.0, 2.0), precision=precision, splits=noise_splits(64))
     assert history[-1]["distillation"] < 0.5 * history[0]["distillation"]
-    assert _same(_state(teacher), before) and not teacher.training
+    assert same_state(state_of(teacher), before) and not teacher.training
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_no_batch_waits_for_the_teacher():
     counts = []
     for images in (16, 80):
-        hook = Distillation(_model(TinyVGG).eval(), 4.0, 1.0)
+        hook = Distillation(untrained(TinyVGG).eval(), 4.0, 1.0)
         with Waits() as waits:
-            _fit(_model(TinyVGG), replace(SETTINGS, epochs=2), hook, splits=_splits(images, None))
+            run_fit(untrained(TinyVGG), replace(SETTINGS, epochs=2), hook, splits=noise_splits(images, None))
         counts.append(waits.counts)
     assert counts[0] == counts[1]
 

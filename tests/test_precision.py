@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from fitting import noise_splits, run_fit, untrained
 from torch import nn
 
 from prune_cli.errors import UserError
+from prune_cli.metrics.accuracy import accuracy
 from prune_cli.precision import resolved_precision
 
 CPU = torch.device("cpu")
@@ -79,3 +81,14 @@ def test_gradients_are_right_in_the_precision_that_auto_takes(size, stride):
     expected = gradient(False)
     for _ in range(5):
         assert float((gradient(precision == "bfloat16") - expected).norm()) <= 0.02 * float(expected.norm())
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
+    model, seen = untrained(), set()
+    model.stem[0].register_forward_hook(lambda *arguments: seen.add(arguments[-1].dtype))
+    splits = noise_splits(32, None)
+    run_fit(model, precision="bfloat16", splits=splits)
+    assert seen == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
+    seen.clear()
+    accuracy(model, splits.test)
+    assert seen == {torch.float32}
