@@ -139,7 +139,8 @@ def kernels(table: str) -> str:
         )
     environment = json.loads((PUBLISHED / table / "env.json").read_text())
     where = f"{_where(environment['machine'])}, torch {environment['versions']['torch']}"
-    return "\n".join(lines) + f"\n\nfloat32, batch {groups[min(groups)][0]['batch']}, {where}.\n"
+    one = rows[0]
+    return "\n".join(lines) + f"\n\n{one['dtype']}, {one['memory_format']}, batch {one['batch']}, {where}.\n"
 
 
 def trained_network(table: str) -> str:
@@ -164,7 +165,7 @@ def trained_network(table: str) -> str:
         f"The masks come from a short training, {recipe['sparsify']['epochs']} epochs on {recipe['limit']:,} images of "
         f"{record.config['dataset']['name']}: {record.obtained:.0%} of the stripes and "
         f"{1 - pruned.parameters / dense.parameters:.0%} of the parameters are gone, accuracy {dense.accuracy:.1%} dense, "
-        f"{pruned.accuracy:.1%} pruned, {record.objective:.1%} at the end. float32, {_where(environment['machine'])}, "
+        f"{pruned.accuracy:.1%} pruned, {record.objective:.1%} at the end. {rows[0]['dtype']}, {rows[0]['memory_format']}, {_where(environment['machine'])}, "
         f"torch {environment['versions']['torch']}."
     )
     warned = "".join(f" The run itself says: {note}" for note in record.notes)

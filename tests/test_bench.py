@@ -33,6 +33,7 @@ def test_layers_of_a_network(tmp_path, capsys):
     rows = rows_of(tmp_path)
     assert len(rows) == 12 and sum(int(row["count"]) for row in rows) == 2 * 55
     assert all(float(row["speedup"]) > 0 and float(row["floor_ms"]) > 0 for row in rows)
+    assert {(row["dtype"], row["memory_format"]) for row in rows} == {("float32", "nchw")}
     said = capsys.readouterr().out
     assert "geometric mean" in said and "dense plans" in said and "16-32 @ 32 / 2" in said
 

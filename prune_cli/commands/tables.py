@@ -57,10 +57,12 @@ def summary(rows: list[Row], options: argparse.Namespace) -> list[str]:
 def write(rows: list[Row], options: argparse.Namespace, folder: Path) -> None:
     """table.csv, speedup.png and env.json in `folder`, and say so."""
     folder.mkdir(parents=True, exist_ok=True)
+    numbers = {"dtype": options.dtype, "memory_format": layout_name(options)}
+    lines = [{**asdict(row), "speedup": row.speedup, **numbers} for row in rows]
     with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*asdict(rows[0]), "speedup"])
+        writer = csv.DictWriter(file, lines[0])
         writer.writeheader()
-        writer.writerows({**asdict(row), "speedup": row.speedup} for row in rows)
+        writer.writerows(lines)
     plot(rows, folder / "speedup.png")
     on_gpu = options.device != "cpu" and machine()["gpu"]
     write_env(folder / "env.json", "cuda" if on_gpu else "cpu")
