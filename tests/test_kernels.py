@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ TUNINGS = [
     compiled.Tuning(0, 2, 256, 16, 1), compiled.Tuning(1, 0, 16, 64, 1), compiled.Tuning(1, 1, 16, 64, 1),
     compiled.Tuning(1, 2, 5, 3, 3), compiled.Tuning(0, 3, 256, 64, 1), compiled.Tuning(0, 3, 32, 3, 2),
 ]  # fmt: skip
+IN_TILES = [
+    compiled.Tuning(2, 0, 64, 64, 1), compiled.Tuning(2, 0, 256, 64, 3), compiled.Tuning(2, 3, 128, 64, 1),
+    compiled.Tuning(3, 0, 4, 64, 1), compiled.Tuning(3, 3, 16, 64, 2),
+]  # fmt: skip
 VARIANTS = [name for name, (needed, _) in compiler.VARIANTS.items() if needed <= compiler.processor_flags()]
 BACKENDS = {
     "reference": lambda operation, tuning: reference(operation),
@@ -31,6 +36,12 @@ BACKENDS = {
         name: lambda operation, tuning, name=name: compiled.compiled(operation, tuning, name) for name in VARIANTS
     },
 }
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    if not compiler.library().has_tiles():
+        pytest.skip("this processor has no matrix tiles")
 
 
 @pytest.fixture
@@ -50,12 +61,12 @@ def cache(monkeypatch, tmp_path, no_memory):
 
 
 @st.composite
-def layers(draw):
+def layers(draw, most=20):
     """(input, dense weight, pattern, bias, stride, padding): odd sizes, empty stripes and filters."""
     size = st.integers(1, 3)
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (5, 5), (2, 2), (1, 3), (3, 2)]))
     stride, padding = (draw(size), draw(size)), (draw(st.integers(0, 3)), draw(st.integers(0, 2)))
-    channels, filters = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    channels, filters = draw(st.integers(1, most)), draw(st.integers(1, most))
     height, width = (draw(st.integers(max(1, k - 2 * p), 19)) for k, p in zip(kernel, padding, strict=True))
     images = draw(st.sampled_from([1, 2, 5, 17, 70]))
     kept, dead = draw(st.sampled_from([0, 0.1, 0.5, 1])), draw(st.sampled_from([0, 0.3]))
@@ -93,6 +104,68 @@ def test_a_backend_computes_the_masked_convolution(backend, layer, layout, dtype
     # Relative to the largest sum of magnitudes, which is what rounding is proportional to.
     scale = F.conv2d(x.abs().float(), (weight * pattern.unsqueeze(1)).abs(), bias.abs(), stride, padding).max()
     assert (y.double() - expected).abs().max() <= TYPES[dtype] * scale
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(layers(most=80), st.sampled_from(LAYOUTS), st.booleans(), st.sampled_from(IN_TILES))
+def test_matrix_tiles_multiply_bfloat16_and_sum_float32(tiles, layer, layout, relu, tuning):
+    x, weight, pattern, bias, stride, padding = layer
+    x, weight = x.bfloat16().contiguous(memory_format=layout), weight.bfloat16().float()
+    operation = operation_of(weight, pattern, bias, stride, padding, relu)
+    y, expected = compiled.compiled(operation, tuning)(x), reference(operation)(x.float())
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=memory_format(x))
+    # Half a step of the output's eight bits; the order of a sum is free.
+    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("tuning", IN_TILES)
+def test_in_tiles_what_is_not_finite_spreads_as_far_as_the_kernel_reaches(tiles, tuning):
+    weight, x = torch.randn(5, 3, 3, 3), torch.randn(2, 3, 6, 6, dtype=torch.bfloat16)
+    x[0, 1, 0, 5], x[1, 2, 3, 0] = torch.inf, torch.nan
+    operation = operation_of(weight, torch.ones(5, 3, 3, dtype=torch.bool), torch.zeros(5))
+    for layout in LAYOUTS:
+        y = compiled.compiled(operation, tuning)(x.contiguous(memory_format=layout))
+        assert torch.equal(y.isfinite(), reference(operation)(x).isfinite())
+
+
+def test_tiles_leave_those_of_other_libraries_alone(tiles):
+    """oneDNN remembers which tiles it has set up on each thread."""
+    torch.manual_seed(0)
+    images, rows = torch.randn(4, 48, 9, 9, dtype=torch.bfloat16), torch.randn(100, 80, dtype=torch.bfloat16)
+    kernel, matrix = torch.randn(40, 48, 3, 3, dtype=torch.bfloat16), torch.randn(56, 80, dtype=torch.bfloat16)
+    convolved, product = F.conv2d(images, kernel), F.linear(rows, matrix)
+    operation = small_operation(channels=44)
+    runs = [compiled.compiled(operation, tuning) for tuning in IN_TILES]
+    x = torch.randn(3, 44, 7, 7, dtype=torch.bfloat16)
+    expected = [run(x) for run in runs]
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for run, y in zip(runs, expected, strict=True):
+                assert torch.equal(F.linear(rows, matrix), product) and torch.equal(run(x), y)
+                assert torch.equal(F.conv2d(images, kernel), convolved) and torch.equal(run(x), y)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_tiles_are_for_bfloat16_only(tiles):
+    operation, x = small_operation(), torch.randn(2, 8, 5, 5)
+    for dtype in TYPES:
+        offered = {plan.make(name, operation) and name for name in plan.candidates(operation, x.to(dtype), "cpp")}
+        assert any(name.startswith(("cpp:2", "cpp:3")) for name in offered) == (dtype == torch.bfloat16)
+    with pytest.raises(TypeError, match="bfloat16, not torch.float32"):
+        compiled.compiled(operation, IN_TILES[0])(x)
+
+
+def test_without_tiles_none_are_offered(monkeypatch):
+    operation, x = small_operation(), torch.randn(2, 8, 5, 5, dtype=torch.bfloat16)
+    plain = [name for name in plan.candidates(operation, x.float(), "cpp")]
+    without = SimpleNamespace(has_tiles=lambda: 0)
+    monkeypatch.setattr(plan, "library", lambda: without)
+    assert plan.candidates(operation, x, "cpp") == plain
+    monkeypatch.setattr(compiled, "library", lambda variant: without)
+    with pytest.raises(compiler.CannotBuild, match="no matrix tiles"):
+        compiled.compiled(operation, IN_TILES[0])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

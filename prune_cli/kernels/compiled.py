@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from prune_cli.kernels.compiler import library
+from prune_cli.kernels.compiler import CannotBuild, library
 from prune_cli.kernels.operation import Implementation, Operation, memory_format
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their numbers in the library
@@ -18,11 +18,13 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their numbers in th
 class Tuning:
     """How the kernel computes; `Tuning` in cpp/layer.h.
 
-    layout          0: pixels are the lanes, 1: images are the lanes
+    layout          0: pixels are the lanes, 1: images are the lanes; 2 and 3: the same, multiplied in bfloat16
+                    by matrix tiles of 32 filters x 32 lanes, where the processor has them
     block           what is summed in registers: 0: 12 filters x 1 register, 1: 6 x 4, 2: 3 x 8,
-                    3: 1 x 8 over all positions of a filter, which is then written once
+                    3: 1 x 8 over all positions of a filter, which is then written once; in tiles 0: position
+                    after position, 3: all positions
     tile            pixels of a tile
-    channel_block   input channels multiplied between loading and storing the sums
+    channel_block   input channels multiplied between loading and storing the sums; tiles take all
     filter_blocks   parts of the filters that threads share
     """
 
@@ -32,19 +34,28 @@ class Tuning:
     channel_block: int
     filter_blocks: int
 
+    @property
+    def in_tiles(self) -> bool:
+        return self.layout in (2, 3)
+
 
 def compiled(operation: Operation, tuning: Tuning, variant: str | None = None) -> Implementation:
     """The operation on the CPU, summed in float32. Half precision is read and written as it is where the
-    processor has AVX-512, and converted outside elsewhere.
+    processor has AVX-512, and converted outside elsewhere. Matrix tiles take bfloat16 only, and round the
+    weights to it, as a dense convolution in bfloat16 does.
 
     Raises CannotBuild.
     """
     kernels = library(variant)
+    if tuning.in_tiles and not kernels.has_tiles():
+        raise CannotBuild("this processor has no matrix tiles for bfloat16")
     types = TYPES if kernels.has_halves() else TYPES[:1]
     layer = _Held(_prepare(kernels, operation, tuning), kernels.release_layer)
     calls: dict[tuple, tuple] = {}
 
     def run(x: Tensor) -> Tensor:
+        if tuning.in_tiles and x.dtype != torch.bfloat16:
+            raise TypeError(f"matrix tiles multiply bfloat16, not {x.dtype}")
         if x.dtype not in types:
             return run(x.float()).to(x.dtype)
         key = (x.shape, x.stride(), x.dtype, torch.get_num_threads())

@@ -170,7 +170,23 @@ def _tunings(operation: Operation, x: Tensor) -> list[Tuning]:
         found += [Tuning(1, 0, 16, 128, parts), Tuning(1, 0, 32, 128, 1)]
         if len(x) > 16:
             found += [Tuning(1, 1, 16, 128, parts), Tuning(1, 1, 4, 128, parts), Tuning(1, 1, 32, 64, 1)]
+    if x.dtype == torch.bfloat16 and library().has_tiles():
+        found += _tile_tunings(operation, len(x), height * width)
     return list(dict.fromkeys(found))
+
+
+def _tile_tunings(operation: Operation, images: int, pixels: int) -> list[Tuning]:
+    """Those in matrix tiles, for images whose outputs have so many pixels."""
+    threads, channels = torch.get_num_threads(), operation.channels
+    if images * pixels > 1024:
+        found = [Tuning(2, block, tile, channels, 1) for block in (0, 3) for tile in (256, 512, 1024)]
+        found += [Tuning(2, 0, 64, channels, 1)] if pixels <= 64 else []
+    else:
+        found = [Tuning(2, 0, tile, channels, parts) for tile in (32, 128) for parts in (1, threads, 2 * threads)]
+    if images >= 8 and pixels <= 64:
+        parts = max(1, min(operation.filters // 64, 2 * threads))
+        found += [Tuning(3, 0, tile, channels, part) for tile in (4, 16) for part in (1, parts)]
+    return found
 
 
 @cache

@@ -4,7 +4,8 @@
 // Few channels are better served by shifted planes: one per column of the kernel, with zeros where the
 // image ends, so that whole cache lines are loaded and nothing is masked.
 #pragma once
-#include "micro.h"
+#include <type_traits>
+#include "tiles.h"
 
 static int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 static int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
@@ -30,8 +31,8 @@ struct PixelGrid {
     std::vector<int64_t> at;        // [register]: where its pixels lie in the output
 
     PixelGrid(const Layer& layer, const Images& call)
-        : shape(layer.shape), im(call), registers(registers_of_block(layer.tuning.block)),
-          shifted(layer.tuning.block == BY_FILTER), width(call.out_width), height(call.out_height) {
+        : shape(layer.shape), im(call), registers(registers_of_block(layer.tuning)),
+          shifted(layer.tuning.block == BY_FILTER || layer.tuning.in_tiles()), width(call.out_width), height(call.out_height) {
         for (int64_t i = 0; i < shape.kernel_h; ++i)
             for (int64_t j = 0; j < shape.kernel_w; ++j) add_position(i - shape.padding_h, j - shape.padding_w);
         for (const Position& p : positions) least = std::min(least, offset(p)), most = std::max(most, offset(p));
@@ -113,30 +114,55 @@ struct Tile {
     template <class T>
     void fill(const T* x, int64_t c0, int64_t channels, float* planes) const {
         const Shape& s = grid.shape;
-        if (grid.shifted)
-            for (int64_t c = 0; c < channels; ++c) add_zeros(planes + c * stride);
+        if (grid.shifted) add_zeros(channels, planes);
         if (grid.im.channels_last)
             for (const Run& run : runs)
                 transpose(x + run.from + c0, s.stride_w * s.channels, run.pixels, channels, planes + run.to, stride);
-        else if (s.stride_w == 1) copy_runs<1>(x, c0, channels, planes);
-        else if (s.stride_w == 2) copy_runs<2>(x, c0, channels, planes);
-        else copy_runs<0>(x, c0, channels, planes);
+        else copy_channels([=](int64_t c) { return x + (c0 + c) * channel_size(); }, channels, planes);
     }
+
+#ifdef HAS_TILES
+    // planes[pair][plane][pixel] of all channels; pairs behind the last are zeros.
+    void fill_pairs(const Bfloat16* x, int64_t pairs, float* planes) const {
+        const Shape& s = grid.shape;
+        const int64_t exist = (s.channels + 1) / 2;
+        add_zeros(exist, planes);
+        ::fill(planes + exist * stride, 0, (pairs - exist) * stride);
+        if (grid.im.channels_last)
+            for (const Run& run : runs) {
+                const auto pixel = [&](int64_t i, int64_t pair) { return load_pairs(x + run.from + i * s.stride_w * s.channels + 2 * pair, s.channels - 2 * pair); };
+                transpose_rows(pixel, run.pixels, exist, planes + run.to, stride);
+            }
+        else copy_channels([=](int64_t pair) { return pair_of_planes(x, pair, s.channels, channel_size()); }, exist, planes);
+    }
+#endif
 
 private:
-    template <int STEP, class T>
-    void copy_runs(const T* x, int64_t c0, int64_t channels, float* planes) const {
-        const int64_t size = grid.im.height * grid.im.width;
-        for (int64_t c = 0; c < channels; ++c)
-            for (const Run& run : runs)
-                copy_every<STEP>(x + (c0 + c) * size + run.from, grid.shape.stride_w, planes + c * stride + run.to, run.pixels);
+    int64_t channel_size() const { return grid.im.height * grid.im.width; }
+
+    // channel(c): where its pixels begin.
+    template <class Channel>
+    void copy_channels(const Channel& channel, int64_t channels, float* planes) const {
+        switch (grid.shape.stride_w) {
+            case 1: return copy_runs<1>(channel, channels, planes);
+            case 2: return copy_runs<2>(channel, channels, planes);
+            default: return copy_runs<0>(channel, channels, planes);
+        }
     }
 
-    void add_zeros(float* planes) const {
-        for (const Run& run : runs) {
-            if (run.before) ::fill(planes + run.to - run.before, 0, run.before);
-            if (run.behind) ::fill(planes + run.to + run.pixels, 0, run.behind);
-        }
+    template <int STEP, class Channel>
+    void copy_runs(const Channel& channel, int64_t channels, float* planes) const {
+        for (int64_t c = 0; c < channels; ++c)
+            for (const Run& run : runs)
+                copy_every<STEP>(channel(c) + run.from, grid.shape.stride_w, planes + c * stride + run.to, run.pixels);
+    }
+
+    void add_zeros(int64_t channels, float* planes) const {
+        for (int64_t c = 0; c < channels; ++c, planes += stride)
+            for (const Run& run : runs) {
+                if (run.before) ::fill(planes + run.to - run.before, 0, run.before);
+                if (run.behind) ::fill(planes + run.to + run.pixels, 0, run.behind);
+            }
     }
 
     void add_run(int64_t p, int64_t row) {
@@ -233,6 +259,35 @@ struct PixelTask {
         }
     }
 
+#ifdef HAS_TILES
+    // The same in matrix tiles.
+    void add_tiles(const float* planes, float* sums) const {
+        const TilePairs pairs(layer.shape.channels);
+        const int64_t together = block.tile_rows.size() * sizeof(TileRow) < WEIGHTS_AT_HAND ? 1 : tile.blocks;
+        TileSums tiles;
+        for (int64_t k0 = 0; k0 < tile.blocks; k0 += together)
+            for (const TileRun& run : block.tile_runs)
+                for (int64_t k = k0; k < k0 + together; ++k) {
+                    tiles.clear();
+                    for (size_t g = run.begin; g < run.end; ++g)
+                        tiles.multiply(&block.tile_rows[block.of_group[g]], block.groups[g].size,
+                                       planes + tile.offsets[block.groups[g].position] + k * TILE_LANES, tile.stride, pairs);
+                    tiles.keep(block.groups[run.begin].size);
+                    ::add(tiles, block, run, sums_at(k, sums));
+                }
+    }
+
+    void run_tiles(const Bfloat16* x, Bfloat16* y, Scratch& scratch) const {
+        const int64_t pairs = TilePairs(layer.shape.channels).pairs();
+        float* sums = scratch.of((block.last - block.first) * pitch() + tile.size(pairs));
+        float* planes = sums + (block.last - block.first) * pitch();
+        tile.fill_pairs(x, pairs, planes);
+        add_tiles(planes, sums);
+        add_empty<2>(sums);
+        write_tile(sums, y);
+    }
+#endif
+
     // Filters that no stripe is left of are their bias.
     template <int V>
     void add_empty(float* sums) const {
@@ -299,6 +354,7 @@ static void run_pixels(const Layer& layer, const PixelGrid& grid, const T* x, T*
 #pragma omp parallel num_threads(std::min(im.threads, tasks))
     {
         static thread_local Scratch scratch;
+        const TileShapes shapes(layer);
 #pragma omp for schedule(dynamic)
         for (int64_t k = 0; k < tasks; ++k) {
             const int64_t unit = k / (tiles * blocks);
@@ -307,6 +363,13 @@ static void run_pixels(const Layer& layer, const PixelGrid& grid, const T* x, T*
             const T* from = x + unit * grid.images * in_size;
             T* to = y + unit * grid.images * layer.shape.filters * plane + block.first * (im.channels_last ? 1 : plane);
             const PixelTask task{layer, block, tile, grid.direct ? as_floats(to) : nullptr};
+#ifdef HAS_TILES
+            if constexpr (std::is_same_v<T, Bfloat16>)
+                if (layer.tuning.in_tiles()) {
+                    task.run_tiles(from, to, scratch);
+                    continue;
+                }
+#endif
             if (grid.registers == 1) task.run<1>(from, to, scratch);
             else if (grid.registers == VECTORS) task.run<VECTORS>(from, to, scratch);
             else task.run<2 * VECTORS>(from, to, scratch);

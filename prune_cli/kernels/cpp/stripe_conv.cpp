@@ -22,9 +22,10 @@ extern "C" {
 void* prepare(const Shape* shape, const Tuning* tuning, const uint8_t* pattern, const float* stripes, const float* bias) {
     Layer* layer = new Layer{*shape, *tuning, {bias, bias + shape->filters}, {}};
     const int64_t parts = std::min(tuning->filter_blocks, shape->filters);
+    const Stripes alive(*shape, pattern, stripes);
     for (int64_t k = 0; k < parts; ++k) {
-        layer->blocks.push_back({k * shape->filters / parts, (k + 1) * shape->filters / parts, {}, {}, {}});
-        pack(*layer, layer->blocks.back(), pattern, stripes);
+        layer->blocks.push_back({k * shape->filters / parts, (k + 1) * shape->filters / parts, {}, {}, {}, {}, {}, {}});
+        pack(*layer, layer->blocks.back(), alive);
     }
     return layer;
 }
@@ -32,7 +33,7 @@ void* prepare(const Shape* shape, const Tuning* tuning, const uint8_t* pattern, 
 // The layer must outlive it.
 void* arrange(const void* layer, const Images* images) {
     const Layer& prepared = *static_cast<const Layer*>(layer);
-    return new Call{prepared, *images, std::unique_ptr<const PixelGrid>(prepared.tuning.layout == 1 ? nullptr : new PixelGrid(prepared, *images))};
+    return new Call{prepared, *images, std::unique_ptr<const PixelGrid>(prepared.tuning.in_images() ? nullptr : new PixelGrid(prepared, *images))};
 }
 
 // x and y are of the type that the call was arranged for.
@@ -51,6 +52,16 @@ void release_layer(void* layer) { delete static_cast<Layer*>(layer); }
 void release_call(void* call) { delete static_cast<Call*>(call); }
 
 int lanes() { return LANES; }
+
+// Whether inputs of bfloat16 can be multiplied in matrix tiles.
+int has_tiles() {
+#ifdef HAS_TILES
+    static const bool allowed = tiles_allowed();
+    return allowed;
+#else
+    return 0;
+#endif
+}
 
 // Whether inputs of 16 bits need no conversion.
 int has_halves() {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define LANES 16
@@ -29,6 +30,9 @@ struct Float16 { uint16_t bits; };
 
 #if defined(__AVX512F__)
 #define HAS_HALVES 1  // inputs and outputs of 16 bits are converted in registers
+#if defined(__linux__) && defined(__x86_64__) && __has_include(<amxbf16intrin.h>)
+#define HAS_TILES 1  // matrix tiles can be compiled; whether the processor has them is asked when the program runs
+#endif
 static inline vec load(const float* p, Mask mask) { return (vec)_mm512_maskz_loadu_ps(mask, p); }
 static inline void store(float* p, vec v, Mask mask) { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
 static inline vec load(const Bfloat16* p, Mask mask = ALL) {
@@ -44,6 +48,27 @@ static inline void store(Bfloat16* p, vec v, Mask mask = ALL) {  // to the neare
 static inline vec load(const Float16* p, Mask mask = ALL) { return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)); }
 static inline void store(Float16* p, vec v, Mask mask = ALL) {
     _mm256_mask_storeu_epi16(p, mask, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// Two channels as one of 32 bits, the first in the low half: what matrix tiles multiply. Here each channel's
+// pixels follow each other; the second channel may not exist, and is then zero.
+struct Pairs {
+    const Bfloat16 *first, *second;
+    Mask exists;  // ALL, or none of the second
+    Pairs operator+(int64_t pixels) const { return {first + pixels, second + pixels, exists}; }
+};
+static inline vec load(Pairs p, Mask mask = ALL) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p.first));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask & p.exists, p.second));
+    return (vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+static inline Pairs pair_of_planes(const Bfloat16* x, int64_t pair, int64_t channels, int64_t plane) {
+    const Bfloat16* first = x + 2 * pair * plane;
+    return 2 * pair + 1 < channels ? Pairs{first, first + plane, ALL} : Pairs{first, first, 0};
+}
+// Here the channels of a pixel follow each other; nothing behind the last of `channels` is touched.
+static inline vec load_pairs(const Bfloat16* p, int64_t channels) {
+    return (vec)_mm512_maskz_loadu_epi16(channels >= 32 ? ~0u : (1u << channels) - 1, p);
 }
 #else
 static inline vec load(const float* p, Mask mask) {
@@ -88,8 +113,8 @@ static inline vec load_readable(const float* p, LaneMask mask) { return (vec)((i
 #endif
 
 // n numbers that lie STEP (0: `step`) apart; nothing behind the last is touched.
-template <int STEP, class T>
-static inline vec load_every(const T* p, int64_t step, int64_t n) {
+template <int STEP, class From>
+static inline vec load_every(From p, int64_t step, int64_t n) {
     if (STEP == 1) return n >= LANES ? load(p) : load(p, first_lanes(n));
     if (STEP == 2) return EVEN(2 * n > LANES ? load(p) : load(p, first_lanes(2 * n - 1)), load(p + LANES, first_lanes(2 * n > LANES ? 2 * n - 1 - LANES : 0)));
     vec v = {};
@@ -109,17 +134,17 @@ static inline void transpose_square(vec* rows) {
     }
 }
 
-// to[j * to_stride + i] = from[i * from_stride + j], at least `least`, for i < rows, j < columns.
-template <bool BOUNDED = false, class From, class To>
-static void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride, vec least = vec{}) {
+// to[j * to_stride + i] = row(i, 0)[j], at least `least`, for i < rows, j < columns; row(i, j) loads what
+// follows from column j on, and touches nothing behind the last column.
+template <bool BOUNDED = false, class Row, class To>
+static void transpose_rows(const Row& row, int64_t rows, int64_t columns, To* to, int64_t to_stride, vec least = vec{}) {
     for (int64_t i0 = 0; i0 < rows; i0 += LANES)
         for (int64_t j0 = 0; j0 < columns; j0 += LANES) {
             const int64_t height = rows - i0, width = columns - j0;
-            const From* source = from + i0 * from_stride + j0;
             To* target = to + j0 * to_stride + i0;
             vec square[LANES];
             for (int i = 0; i < LANES; ++i)
-                square[i] = i >= height ? vec{} : width >= LANES ? load(source + i * from_stride) : load(source + i * from_stride, first_lanes(width));
+                square[i] = i >= height ? vec{} : row(i0 + i, j0);
             transpose_square(square);
             for (int j = 0; j < LANES && j < width; ++j) {
                 const vec v = BOUNDED ? at_least(square[j], least) : square[j];
@@ -129,16 +154,26 @@ static void transpose(const From* from, int64_t from_stride, int64_t rows, int64
         }
 }
 
-// Copy n floats that lie STEP (0: `step`) apart.
-template <int STEP, class T>
-static inline void copy_every(const T* from, int64_t step, float* to, int64_t n) {
-    for (; n >= LANES; n -= LANES, from += LANES * step, to += LANES) store(to, load_every<STEP>(from, step, LANES));
+// to[j * to_stride + i] = from[i * from_stride + j], at least `least`, for i < rows, j < columns.
+template <bool BOUNDED = false, class From, class To>
+static void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride, vec least = vec{}) {
+    const auto row = [=](int64_t i, int64_t j) {
+        const From* p = from + i * from_stride + j;
+        return columns - j >= LANES ? load(p) : load(p, first_lanes(columns - j));
+    };
+    transpose_rows<BOUNDED>(row, rows, columns, to, to_stride, least);
+}
+
+// Copy n numbers of 32 bits that lie STEP (0: `step`) apart.
+template <int STEP, class From>
+static inline void copy_every(From from, int64_t step, float* to, int64_t n) {
+    for (; n >= LANES; n -= LANES, from = from + LANES * step, to += LANES) store(to, load_every<STEP>(from, step, LANES));
     if (n > 0) store(to, load_every<STEP>(from, step, n), first_lanes(n));
 }
 
 // Copy n floats, at least `least`.
 template <class T>
-static inline void copy(const float* from, T* to, int64_t n, vec least) {
+static inline void copy(const float* from, T* to, int64_t n, vec least = vec{} - std::numeric_limits<float>::infinity()) {
     for (; n >= LANES; n -= LANES, from += LANES, to += LANES) store(to, at_least(load(from), least));
     if (n > 0) store(to, at_least(load(from, first_lanes(n)), least), first_lanes(n));
 }
