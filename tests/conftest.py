@@ -1,7 +1,11 @@
 """What all tests share. One thread: the networks are tiny, and tests fork."""
 
+import copy
+import logging
 import os
+import signal
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,22 +16,55 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def compose(monkeypatch, tmp_path):
-    """Compose a config as the command line does, with the store and the data in a temporary folder."""
+@pytest.fixture(scope="session")
+def composer():
+    """What composes a config from the overrides of a command line."""
     from hydra import version
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.utils import create_config_search_path
 
-    from prune_cli.compose import CONF, Composer
+    from prune_cli.compose import Composer, loader
 
     version.setbase("1.3")
-    composer = Composer(ConfigLoaderImpl(create_config_search_path(str(CONF))), "config")
+    return Composer(loader(), "config")
+
+
+@pytest.fixture(scope="session")
+def _composed(composer):
+    return cache(lambda *overrides: composer.compose(overrides))  # many tests want the same one
+
+
+@pytest.fixture
+def compose(_composed, tmp_path):
+    """Compose a config as the command line does, with the store and the data in a temporary folder."""
 
     def composed(*overrides: str) -> dict:
-        return composer.compose([f"runtime.store={tmp_path}/store", f"runtime.data_root={tmp_path}/data", *overrides])
+        config = copy.deepcopy(_composed("runtime.store=STORE", "runtime.data_root=DATA", *overrides))
+        folders = {"STORE": f"{tmp_path}/store", "DATA": f"{tmp_path}/data"}
+        config["runtime"] = {name: folders.get(value, value) for name, value in config["runtime"].items()}
+        return config
 
     return composed
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`prune-cli` with these arguments, in this process: (exit code, stdout, stderr). The handlers that it and
+    Hydra set are taken back."""
+    from prune_cli import cli
+
+    terminate, handlers, level = signal.getsignal(signal.SIGTERM), logging.root.handlers[:], logging.root.level
+
+    def called(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["prune-cli", *arguments])
+        try:
+            code = cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    yield called
+    signal.signal(signal.SIGTERM, terminate)
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
 
 
 @pytest.fixture

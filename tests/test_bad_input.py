@@ -1,11 +1,8 @@
-"""What a method cannot do with a network is one sentence and exit code 2, before anything is trained."""
-
-import sys
+"""What cannot be done with a network, or on a machine, is one sentence and exit code 2, before anything is trained."""
 
 import pytest
+import torch
 from torch import Tensor, nn
-
-from prune_cli import cli
 
 QUICK = ("debug=default", "dataset=digits", "runtime.latency_seconds=0", "runtime.threads=1", "recipe.precision=float32")
 
@@ -36,17 +33,6 @@ class OneLayer(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def call(*arguments: str) -> int:
-    """The exit code of `prune-cli` with these arguments."""
-    argv, sys.argv = sys.argv, ["prune-cli", *arguments]
-    try:
-        return cli.main()
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        sys.argv = argv
-
-
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -74,17 +60,25 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
-def test_it_is_refused_before_any_training(arguments, sentence, capsys, here):
-    assert call(*arguments, *QUICK) == 2
-    err = capsys.readouterr().err
+def test_it_is_refused_before_any_training(arguments, sentence, command, here):
+    code, _, err = command(*arguments, *QUICK)
+    assert code == 2
     assert err.startswith("prune-cli: ") and err.count("\n") == 1
     assert sentence in err
     assert not [path for path in (here / "store").rglob("*") if path.name in ("model.safetensors", "manifest.json")]
 
 
 @pytest.mark.parametrize("method", ["fp", "stripe", "group", "slimming", "neuron_merging"])
-def test_a_ratio_that_would_empty_a_layer_meets_the_floor_and_says_so(method, capsys):
-    assert call(f"method={method}", "ratio=0.999", *custom("tiny.TinyVGG"), *QUICK) == 0
-    out = " ".join(capsys.readouterr().out.split())
+def test_a_ratio_that_would_empty_a_layer_meets_the_floor_and_says_so(method, command):
+    code, shown, _ = command(f"method={method}", "ratio=0.999", *custom("tiny.TinyVGG"), *QUICK)
+    out = " ".join(shown.split())
+    assert code == 0
     assert "The selection would have emptied features." in out
     assert "is kept there" in out
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_else(command, here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = command("runtime.device=cuda")
+    assert code == 2 and "runtime.device=cuda: torch finds no CUDA device here" in err and err.count("\n") == 1
+    assert not any((here / "store").iterdir())

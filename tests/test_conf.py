@@ -4,22 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_config_search_path
 
 from prune_cli.build import build
-from prune_cli.compose import CONF, Composer
+from prune_cli.compose import CONF
 
 FILES = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [(file.parent.name, file.stem) for file in FILES if file.parent.parent == CONF]
 NAMED = ("model", "dataset", "method", "recipe")
-
-
-@pytest.fixture(scope="module")
-def composer():
-    version.setbase("1.3")
-    return Composer(ConfigLoaderImpl(create_config_search_path(str(CONF))), "config")
 
 
 def keys(node: yaml.Node):

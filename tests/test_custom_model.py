@@ -17,6 +17,20 @@ from prune_cli.models.spec import ModelSpec
 from prune_cli.targets import source_hash
 from prune_cli.workshop import Workshop
 
+
+# Where the network's file is not, and then where it is.
+LOADER = """
+import os, sys, prune_cli
+from prune_cli.errors import UserError
+try:
+    prune_cli.load(sys.argv[1])
+except UserError as problem:
+    print(problem)
+os.chdir("..")
+print(prune_cli.load(sys.argv[1]))
+"""
+
+
 def process(here: Path, *command: str) -> subprocess.CompletedProcess:
     """In a process that has the current directory on no path, as a console script."""
     environment = {**os.environ, "PYTHONPATH": str(Path(prune_cli.__file__).parents[1]), "PYTHONSAFEPATH": "1"}
@@ -33,22 +47,22 @@ def test_the_worked_example_of_the_readme_runs_and_comes_back(my_net):
     [run] = (my_net / "outputs/runs/fp-mine-digits-0.5").iterdir()
     assert "model.arguments.width=8" in (run / "overrides.yaml").read_text()
     assert "+model" not in (run / "record.json").read_text()
-    load = f"import prune_cli; print(prune_cli.load('{run}/checkpoints/pruned.safetensors'))"
-    loaded = process(my_net, "-c", load)
-    assert loaded.returncode == 0 and "Conv2d(1, 4," in loaded.stdout, loaded.stderr
     (my_net / "elsewhere").mkdir()
-    lost = process(my_net / "elsewhere", "-c", load)
-    assert "its network cannot be built: _target_=my_net.MyNet: cannot be imported" in lost.stderr
+    loaded = process(my_net / "elsewhere", "-c", LOADER, f"{run}/checkpoints/pruned.safetensors")
+    assert loaded.returncode == 0, loaded.stderr
+    lost, found = loaded.stdout.split("\n", 1)
+    assert "its network cannot be built: _target_=my_net.MyNet: cannot be imported" in lost
+    assert "Conv2d(1, 4," in found
 
 
-def test_a_sweep_over_its_arguments(my_net):
+def test_a_sweep_over_its_arguments(my_net, command):
     """Without data, so that each job ends as soon as it has begun, with its settings on record."""
-    done = process(
-        my_net, "-m", "prune_cli", "-m", "model=custom", "model.target=my_net.MyNet", "model.arguments.width=2,3",
+    code, out, err = command(
+        "-m", "model=custom", "model.target=my_net.MyNet", "model.arguments.width=2,3",
         "method=fp", "dataset=folder", f"dataset.path={my_net}/none", f"runtime.store={my_net}/store",
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "model.arguments.width=3" in done.stdout and "+model" not in done.stdout
+    assert code == 2, err
+    assert "model.arguments.width=3" in out and "+model" not in out
     records = [json.loads(path.read_text()) for path in my_net.rglob("record.json")]
     assert sorted(record["config"]["model"]["arguments"]["width"] for record in records) == [2, 3]
 
