@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from prune_cli import surgery
 from prune_cli.build import build
 from prune_cli.compose import CONF
 from prune_cli.errors import UserError
+from prune_cli.experiment import Experiment
 from prune_cli.hooks import Progress, TrainingHooks
 from prune_cli.journal import Journal, StageJournal
 from prune_cli.method import PruningMethod
 from prune_cli.models.spec import ModelSpec
 from prune_cli.pipeline import run
+from prune_cli.record import Record
 from prune_cli.store import Store
 from prune_cli.workshop import Workshop
 
@@ -46,6 +49,33 @@ def _experiment(compose, method: str, model: str):
     return replace(build(config), model=ModelSpec(model, f"tiny.{model}"))
 
 
+class Ran(NamedTuple):
+    experiment: Experiment
+    record: Record
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """What an experiment left, run in a store that had nothing. Tests of the same method and network share it,
+    and may only add to that store."""
+    made: dict[tuple[str, str], Ran] = {}
+
+    def ran(experiment) -> Ran:
+        key = experiment.method_name, experiment.model.name
+        if key not in made:
+            folder = tmp_path_factory.mktemp("first")
+            experiment = _in_store(experiment, folder / "store")
+            made[key] = Ran(experiment, run(experiment, folder / "run", command="test"), folder / "run")
+        return made[key]
+
+    return ran
+
+
+def _in_store(experiment, store: Path):
+    return replace(experiment, runtime=replace(experiment.runtime, store=str(store)))
+
+
 def _workshop(experiment) -> Workshop:
     return Workshop(experiment, Store(experiment.runtime.store), Journal(None, Console(quiet=True)))
 
@@ -70,8 +100,8 @@ def test_an_unknown_key_is_refused_with_a_sentence(method, compose):
         build(config)
 
 
-def test_the_pipeline_runs_and_a_second_run_trains_nothing(experiment, tmp_path):
-    first = run(experiment, tmp_path / "first", command="test")
+def test_the_pipeline_runs_and_a_second_run_trains_nothing(experiment, first_run, tmp_path):
+    experiment, first, _ = first_run(experiment)
     expected = [s for s in STAGES if s not in ("sparse", "finetuned")]
     expected += ["sparse"] * (experiment.method.start is not None) + ["finetuned"] * experiment.method.finetune
     assert sorted(s.stage for s in first.stages) == sorted(expected)
@@ -83,17 +113,16 @@ def test_the_pipeline_runs_and_a_second_run_trains_nothing(experiment, tmp_path)
     assert [replace(s, cached=False) for s in second.stages] == list(first.stages)
 
 
-def test_warm_and_cold_store_agree(method, compose, tmp_path):
+def test_warm_and_cold_store_agree(method, compose, first_run, tmp_path):
     """A ratio sweep that finds its training in the store ends where a run from nothing ends."""
     experiment = _experiment(compose, method, "TinyResNet")
-    other = replace(experiment, ratio=0.3)
-    run(other, tmp_path / "other", command="test")
+    _, cold, folder = first_run(experiment)
+    run(replace(experiment, ratio=0.3), tmp_path / "other", command="test")
     warm = run(experiment, tmp_path / "warm", command="test")
-    elsewhere = replace(experiment, runtime=replace(experiment.runtime, store=str(tmp_path / "elsewhere")))
-    cold = run(elsewhere, tmp_path / "cold", command="test")
+    assert warm.stage("dense").cached
     for stage in cold.stages:
         name = f"checkpoints/{stage.stage}.safetensors"
-        assert _same(load_file(tmp_path / "warm" / name), load_file(tmp_path / "cold" / name)), stage.stage
+        assert _same(load_file(tmp_path / "warm" / name), load_file(folder / name)), stage.stage
     assert [s.accuracy for s in warm.stages] == [s.accuracy for s in cold.stages]
 
 
@@ -154,7 +183,8 @@ def test_masked_differs_from_dense_and_equals_cut(experiment, seed):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_what_is_pruned_stays_exactly_zero_in_finetuning(experiment, tmp_path):
+def test_what_is_pruned_stays_exactly_zero_in_finetuning(experiment, first_run, tmp_path):
+    experiment = first_run(experiment).experiment
     experiment = replace(experiment, method=replace(experiment.method, finetune=True))
     run(experiment, tmp_path / "run", command="test")
     pruned, tuned = (
@@ -212,8 +242,7 @@ def test_killed_in_the_middle_and_resumed_equals_uninterrupted(method, compose, 
     recipe = experiment.recipe
     longer = {stage: replace(getattr(recipe, stage), epochs=4) for stage in ("pretrain", "sparsify", "finetune")}
     experiment = replace(experiment, recipe=replace(recipe, **longer))
-    elsewhere = replace(experiment, runtime=replace(experiment.runtime, store=str(tmp_path / "elsewhere")))
-    whole = run(elsewhere, tmp_path / "whole", command="test")
+    whole = run(_in_store(experiment, tmp_path / "elsewhere"), tmp_path / "whole", command="test")
     stage = [s.stage for s in whole.stages if s.stage in ("dense", "sparse", "finetuned")][-1]
 
     child = os.fork()
