@@ -23,7 +23,7 @@ def groups(model: nn.Module) -> dict[frozenset, bool]:
 
 
 def test_every_layer_of_a_vgg_has_its_own_channels():
-    model = network(VGG, depth=11, classifier="double")
+    model = network(VGG, depth=11, width=0.25, classifier="double")
     found = {group.producers: group for group in ChannelGraph(model).groups}
     convolutions = [f"features.conv{n}" for n in range(1, 9)]
     assert set(found) == {(name,) for name in [*convolutions, "classifier.fc1", "classifier.fc2"]}
@@ -157,7 +157,7 @@ def test_linear_layers_on_maps_are_known():
 
 
 NETWORKS = [
-    (VGG, {"depth": 11}), (RESNET, {"depth": 20, "shortcut": "A"}), (RESNET, {"depth": 20, "shortcut": "B"}),
+    (VGG, {"depth": 11, "width": 0.25}), (RESNET, {"depth": 20, "shortcut": "A"}), (RESNET, {"depth": 20, "shortcut": "B"}),
     (f"{LENET}.LeNet5", {}), ("toys.Kernels", {}), ("toys.Concat", {}), ("toys.Grouped", {"groups": 6}),
     ("toys.BiasedSum", {}), ("tiny.TinyResNet", {}), ("tiny.TinyVGG", {}),
 ]  # fmt: skip

@@ -2,12 +2,9 @@
 
 import csv
 import json
-import sys
 
 import pytest
-from hydra import version
 
-from prune_cli import cli
 from prune_cli.build import build
 from prune_cli.compose import CONF, Composer, loader, shipped_tables
 from prune_cli.published import PaperNumbers, Row, Table, override_line
@@ -18,35 +15,23 @@ TABLES = shipped_tables()
 EXAMPLE = "neuron_merging/lenet_fashion_mnist"
 
 
-@pytest.fixture(scope="module")
-def composer():
-    version.setbase("1.3")
-    return Composer(loader(), "config")
-
-
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, command):
     """`prune-cli` in a folder of its own, on made-up images: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PRUNE_STORE", str(tmp_path / "store"))
-
-    def called(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prune-cli", *arguments])
-        try:
-            code = cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return called
+    return command
 
 
 # Networks can be narrower, and shallower where no row names their layers: each row composes as it is in a test of its own.
+# Of ImageNet's, one table has its own network; the others have one for small images with layers of the same names.
 SMALLER = {
     "densenet_cifar100": ["model.depth=10"],
     **dict.fromkeys(["vgg19", "pass_1", "stripe/vgg16"], ["model.depth=11", "model.width=0.25"]),
     **dict.fromkeys(["neuron_merging/vgg16", "vgg16_a"], ["model.width=0.25"]),
     **dict.fromkeys(["resnet56_cifar10", "skeleton_only"], ["model.depth=20"]),
+    **dict.fromkeys(["fpgm/imagenet", "resnet18_imagenet"], ["model=resnet20"]),
+    "resnet34_imagenet": ["model=resnet20", "model.depth=44"],
 }
 QUICK = ["debug=default", "dataset=synthetic", "dataset.resolution=8", "recipe.limit=16", "runtime.latency_seconds=0"]
 

@@ -28,7 +28,7 @@ def pruned(model: nn.Module, kept: float = 0.5) -> nn.Module:
 
 NETWORKS = {
     "tiny vgg": lambda: TinyVGG(3, 8, 10), "tiny resnet": lambda: TinyResNet(3, 8, 10),
-    "vgg": lambda: VGG(3, 8, 10, depth=11), "resnet": lambda: CifarResNet(3, 8, 10, depth=20),
+    "vgg": lambda: VGG(3, 8, 10, depth=11, width=0.25), "resnet": lambda: CifarResNet(3, 8, 10, depth=20),
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_the_default_weight_of_the_paper_follows_from_its_schedule(published, st
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.7])
 def test_one_threshold_for_the_network_and_not_one_filter_more(ratio):
     """The published code keeps what is above the ratio-th scale: one less than was asked for."""
-    model = network(VGG, depth=11)
+    model = network(VGG, depth=11, width=0.25)
     masks = NetworkSlimming().prune(model, ratio)
     assert sum(int((~keep).sum()) for keep in masks.keep.values()) == round(ratio * masks.total)
     scales = {name: model.get_submodule(name.replace("conv", "bn")).weight.detach() for name in masks.keep}
@@ -150,6 +150,6 @@ def test_what_a_grouped_convolution_reads_goes_in_its_blocks(ratio):
 
 def test_neurons_behind_a_norm_of_their_own_count_too():
     """The fully connected layers of a VGG: the paper's VGG-A for ImageNet loses most of its there."""
-    masks = NetworkSlimming().prune(network(VGG, depth=11, classifier="double"), 0.5)
+    masks = NetworkSlimming().prune(network(VGG, depth=11, width=0.25, classifier="double"), 0.5)
     assert "classifier.fc1" in masks.keep
     assert "classifier.fc2" not in masks.keep

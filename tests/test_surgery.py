@@ -21,8 +21,8 @@ from prune_cli.pipeline import _layers
 
 RESNET, VGG, LENET = "prune_cli.models.resnet.CifarResNet", "prune_cli.models.vgg.VGG", "prune_cli.models.lenet"
 NETWORKS = {
-    "VGG single": (VGG, {"depth": 11}),
-    "VGG double": (VGG, {"depth": 11, "classifier": "double"}),
+    "VGG single": (VGG, {"depth": 11, "width": 0.25}),
+    "VGG double": (VGG, {"depth": 11, "width": 0.25, "classifier": "double"}),
     "ResNet A": (RESNET, {"depth": 20, "shortcut": "A"}),
     "ResNet B": (RESNET, {"depth": 20, "shortcut": "B"}),
     "LeNet-5": (f"{LENET}.LeNet5", {"channels": 1, "resolution": 16}),
@@ -312,7 +312,7 @@ def test_a_broken_cut_is_named(layer, unit):
 
 def test_a_difference_that_later_layers_swallow_is_named():
     """Behind ten layers with random constants, the outputs agree to five digits for any image."""
-    model = network(VGG, depth=11)
+    model = network(VGG, depth=11, width=0.25)
     masks = random_masks(model, "filter", kept=0.5)
     masked, small = surgery.mask(model, masks), surgery.cut(model, masks)
     small.model.features.conv2.weight.data.mul_(1.01)

@@ -76,7 +76,7 @@ def test_a_saved_network_downloads_nothing(trained, tmp_path):
     assert downloads and len(trained) == downloads
 
 
-@pytest.mark.parametrize(("architecture", "smallest"), [("alexnet", 63), ("vgg11", 32), ("inception_v3", 75)])
+@pytest.mark.parametrize(("architecture", "smallest"), [("alexnet", 63), ("squeezenet1_1", 17), ("inception_v3", 75)])
 def test_images_too_small_are_refused_with_the_size_that_is_needed(architecture, smallest):
     with pytest.raises(UserError, match=rf"needs images of at least {smallest}x{smallest} pixels, .* have 8x8"):
         spec(architecture).build(1, 8, 10)
