@@ -61,13 +61,13 @@ def cache(monkeypatch, tmp_path, no_memory):
 
 
 @st.composite
-def layers(draw, most=20):
+def layers(draw, most=20, longest=19):
     """(input, dense weight, pattern, bias, stride, padding): odd sizes, empty stripes and filters."""
     size = st.integers(1, 3)
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (5, 5), (2, 2), (1, 3), (3, 2)]))
     stride, padding = (draw(size), draw(size)), (draw(st.integers(0, 3)), draw(st.integers(0, 2)))
     channels, filters = draw(st.integers(1, most)), draw(st.integers(1, most))
-    height, width = (draw(st.integers(max(1, k - 2 * p), 19)) for k, p in zip(kernel, padding, strict=True))
+    height, width = (draw(st.integers(max(1, k - 2 * p), longest)) for k, p in zip(kernel, padding, strict=True))
     images = draw(st.sampled_from([1, 2, 5, 17, 70]))
     kept, dead = draw(st.sampled_from([0, 0.1, 0.5, 1])), draw(st.sampled_from([0, 0.3]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -107,7 +107,7 @@ def test_a_backend_computes_the_masked_convolution(backend, layer, layout, dtype
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(layers(most=80), st.sampled_from(LAYOUTS), st.booleans(), st.sampled_from(IN_TILES))
+@given(layers(most=80, longest=34), st.sampled_from(LAYOUTS), st.booleans(), st.sampled_from(IN_TILES))
 def test_matrix_tiles_multiply_bfloat16_and_sum_float32(tiles, layer, layout, relu, tuning):
     x, weight, pattern, bias, stride, padding = layer
     x, weight = x.bfloat16().contiguous(memory_format=layout), weight.bfloat16().float()

@@ -38,6 +38,7 @@ SCREENING = 0.004  # seconds for each candidate in the first heat,
 FINAL = 0.012  # and for each that is nearly the fastest in the second
 NEARLY = 1.25
 CLOSE = 1.05  # and for each that is closer still in two more
+FEW_FOR_TILES = 8  # channels; a matrix tile multiplies 32, or as many zeros
 REPEAT = 10  # runs in one CUDA graph: what is measured is the device, not the launches
 TORCH_PLANS = {
     "dense": torch_plans.dense,
@@ -170,7 +171,7 @@ def _tunings(operation: Operation, x: Tensor) -> list[Tuning]:
         found += [Tuning(1, 0, 16, 128, parts), Tuning(1, 0, 32, 128, 1)]
         if len(x) > 16:
             found += [Tuning(1, 1, 16, 128, parts), Tuning(1, 1, 4, 128, parts), Tuning(1, 1, 32, 64, 1)]
-    if x.dtype == torch.bfloat16 and library().has_tiles():
+    if x.dtype == torch.bfloat16 and operation.channels >= FEW_FOR_TILES and library().has_tiles():
         found += _tile_tunings(operation, len(x), height * width)
     return list(dict.fromkeys(found))
 

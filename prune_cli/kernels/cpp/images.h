@@ -22,7 +22,7 @@ struct ImageTask {
             const float* w = block.weights.data() + block.of_channel_block[b];
             for (const Group& g : block.groups) {
                 if (const float* from = read(g.position, row, column))
-                    multiply<V, false>(g, from + c0 * V * LANES, V * LANES, nullptr, w, channels, Sums{sums, y_stride});
+                    multiply<V, false>(g, from + c0 * V * LANES, V * LANES, nullptr, w, channels, Sums<>{sums, y_stride});
                 w += channels * g.size;
             }
         }
@@ -61,12 +61,12 @@ struct ImageTask {
                     bool some = false;
                     for (size_t g = run.begin; g < run.end; ++g)
                         if (const float* from = read(block.groups[g].position, p / im.out_width, p % im.out_width)) {
-                            tiles.multiply(&block.tile_rows[block.of_group[g]], block.groups[g].size, from + lane, lanes, pairs);
+                            tiles.multiply(&block.tile_rows[block.of_group[g]], block.groups[g].size, from + lane, from + lane + LANES, lanes, pairs);
                             some = true;
                         }
                     if (!some) continue;
                     tiles.keep(block.groups[run.begin].size);
-                    add(tiles, block, run, Sums{sums + (p - first) * filters * lanes + lane, lanes});
+                    add(tiles, block, run, Sums<>{sums + (p - first) * filters * lanes + lane, lanes});
                 }
 #endif
     }

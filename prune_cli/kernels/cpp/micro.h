@@ -3,20 +3,22 @@
 #include "layer.h"
 
 // Where the sums of V registers are kept between positions, and where they end.
+template <class Y = float>
 struct Sums {
     float* tile;                  // [filter][pixel]
     int64_t pitch;                // between its filters
     const float* bias = nullptr;  // what a filter's first group begins with; null: with what the tile has
-    float* y = nullptr;           // [filter][pixel], what a filter's last group writes; null: the tile
+    Y* y = nullptr;               // [filter][pixel], what a filter's last group writes; null: the tile
     int64_t y_pitch = 0;          // between its filters
     const int64_t* at = nullptr;  // where each register lies in a filter of y
     int64_t lanes = 0;            // that exist in y
     vec least = {};               // 0 with ReLU
 };
 
-static inline void write(const Sums& sums, int64_t row, int v, vec sum) {
+template <class Y>
+static inline void write(const Sums<Y>& sums, int64_t row, int v, vec sum) {
     const int64_t left = sums.lanes - v * LANES;
-    float* to = sums.y + row * sums.y_pitch;
+    Y* to = sums.y + row * sums.y_pitch;
     if (left >= LANES) store(to + sums.at[v], at_least(sum, sums.least));
     else if (left > 0) store(to + sums.at[v], at_least(sum, sums.least), first_lanes(left));
 }
@@ -24,7 +26,7 @@ static inline void write(const Sums& sums, int64_t row, int v, vec sum) {
 // sum[row f][v] += sum over c of w[c][f] * x[c][v]; V registers beside each other, sums in F x V registers.
 // MASKED: of register v only the lanes of masks[v] lie inside the image.
 template <int F, int V, bool MASKED>
-static void multiply(const Group& g, const float* x, int64_t x_stride, const Mask* masks, const float* w, int64_t channels, const Sums& sums) {
+static void multiply(const Group& g, const float* x, int64_t x_stride, const Mask* masks, const float* w, int64_t channels, const Sums<>& sums) {
     vec sum[F][V];
     LaneMask inside[V];
     if constexpr (MASKED)
@@ -63,7 +65,7 @@ static void multiply(const Group& g, const float* x, int64_t x_stride, const Mas
 
 // The filters of a group; V registers allow 12, 6 or 3 of them.
 template <int V, bool MASKED>
-static inline void multiply(const Group& g, const float* x, int64_t x_stride, const Mask* masks, const float* w, int64_t channels, const Sums& sums) {
+static inline void multiply(const Group& g, const float* x, int64_t x_stride, const Mask* masks, const float* w, int64_t channels, const Sums<>& sums) {
 #define SIZE(F) case F: return multiply<F, V, MASKED>(g, x, x_stride, masks, w, channels, sums);
     switch (g.size) { SIZE(1) SIZE(2) SIZE(3) }
     if constexpr (V <= VECTORS) switch (g.size) { SIZE(4) SIZE(5) SIZE(6) }

@@ -2,7 +2,8 @@
 // follow each other without padding, so that a kernel position is an offset in a plane and one load serves
 // any column; what lies outside the image is masked when it is loaded. A stride takes a plane per phase.
 // Few channels are better served by shifted planes: one per column of the kernel, with zeros where the
-// image ends, so that whole cache lines are loaded and nothing is masked.
+// image ends, so that whole cache lines are loaded and nothing is masked. Matrix tiles cannot mask either: where
+// their 16 pixels are always of one row, zeros stand between the rows instead, else planes are shifted.
 #pragma once
 #include <type_traits>
 #include "tiles.h"
@@ -19,7 +20,9 @@ struct PixelGrid {
     const Images im;
     int64_t registers;              // of a block of pixels
     bool shifted;                   // planes, see above
+    bool padded;                    // planes have zeros where the image ends
     int64_t width, height, images;  // of a unit
+    int64_t pitch;                  // between the rows of a plane; width, or more where rows are padded but not shifted
     std::vector<Plane> planes;
     std::vector<Position> positions;
     int64_t least = 0, most = 0;    // offsets of a position
@@ -32,11 +35,12 @@ struct PixelGrid {
 
     PixelGrid(const Layer& layer, const Images& call)
         : shape(layer.shape), im(call), registers(registers_of_block(layer.tuning)),
-          shifted(layer.tuning.block == BY_FILTER || layer.tuning.in_tiles()), width(call.out_width), height(call.out_height) {
+          shifted(layer.tuning.in_tiles() ? call.out_width % LANES != 0 : layer.tuning.block == BY_FILTER),
+          padded(shifted || layer.tuning.in_tiles()), width(call.out_width), height(call.out_height), pitch(call.out_width) {
         for (int64_t i = 0; i < shape.kernel_h; ++i)
             for (int64_t j = 0; j < shape.kernel_w; ++j) add_position(i - shape.padding_h, j - shape.padding_w);
         for (const Position& p : positions) least = std::min(least, offset(p)), most = std::max(most, offset(p));
-        if (shifted) {
+        if (padded) {
             top = positions.front().down;  // rows of zeros lie between images
             height = im.out_height + positions.back().down - top;
         }
@@ -45,13 +49,14 @@ struct PixelGrid {
         blocks = ceil_div((images - 1) * plane + im.out_height * width, block);
         tile = ceil_div(blocks, ceil_div(blocks, std::max<int64_t>(layer.tuning.tile / block, 1)));
         whole = width == im.out_width && height == im.out_height;
-        direct = im.type == 0 && !im.channels_last && (whole ? images == 1 || plane % LANES == 0 : images == 1 && width == im.out_width);
+        direct = im.type == (layer.tuning.in_tiles() ? 1 : 0) && !im.channels_last && (whole ? images == 1 || plane % LANES == 0 : images == 1 && width == im.out_width);
         for (int64_t r = 0; r < blocks * registers; ++r)
             at.push_back(r * LANES / plane * shape.filters * plane + r * LANES % plane);
-        if (!shifted) find_masks();
+        if (!padded) find_masks();
     }
 
-    int64_t offset(const Position& p) const { return p.down * width + p.right; }
+    int64_t offset(const Position& p) const { return p.down * pitch + p.right; }
+    int64_t offset(int64_t pixel) const { return pixel / width * pitch + pixel % width; }
     int64_t units() const { return ceil_div(im.number, images); }
     int64_t tiles() const { return ceil_div(blocks, tile); }
 
@@ -64,7 +69,11 @@ private:
         while (k < (int64_t)planes.size() && (planes[k].row != plane.row || planes[k].column != plane.column)) ++k;
         if (k == (int64_t)planes.size()) planes.push_back(plane);
         positions.push_back({k, down, right});
-        if (!shifted) width = std::max(width, ceil_div(im.width - plane.column, shape.stride_w));
+        if (!shifted) {
+            const int64_t columns = ceil_div(im.width - plane.column, shape.stride_w);
+            if (padded) pitch = std::max({pitch, columns - right, im.out_width + right});
+            else pitch = width = std::max(width, columns);
+        }
         height = std::max(height, ceil_div(im.height - plane.row, shape.stride_h));
     }
 
@@ -98,13 +107,13 @@ struct Tile {
         blocks = std::min(grid.tile, grid.blocks - first);
         images = std::min(grid.images, grid.im.number - unit * grid.images);
         const int64_t begin = first * grid.registers * LANES, end = begin + pixels();
-        first_row = floor_div(begin + grid.least, grid.width);
-        const int64_t end_row = ceil_div(end + grid.most, grid.width);
-        plane_size = ceil_div((end_row - first_row) * grid.width, LANES) * LANES;
+        first_row = floor_div(grid.offset(begin) + grid.least, grid.pitch);
+        const int64_t end_row = ceil_div(grid.offset(end - 1) + 1 + grid.most, grid.pitch);
+        plane_size = ceil_div((end_row - first_row) * grid.pitch, LANES) * LANES;
         stride = (plane_size * grid.planes.size() / LANES | 1) * LANES;
         for (int64_t p = 0; p < (int64_t)grid.planes.size(); ++p)
             for (int64_t row = first_row; row < end_row; ++row) add_run(p, row);
-        for (const Position& p : grid.positions) offsets.push_back(p.plane * plane_size + begin + grid.offset(p) - first_row * grid.width);
+        for (const Position& p : grid.positions) offsets.push_back(p.plane * plane_size + grid.offset(begin) + grid.offset(p) - first_row * grid.pitch);
     }
 
     int64_t pixels() const { return blocks * grid.registers * LANES; }
@@ -114,7 +123,7 @@ struct Tile {
     template <class T>
     void fill(const T* x, int64_t c0, int64_t channels, float* planes) const {
         const Shape& s = grid.shape;
-        if (grid.shifted) add_zeros(channels, planes);
+        if (grid.padded) add_zeros(channels, planes);
         if (grid.im.channels_last)
             for (const Run& run : runs)
                 transpose(x + run.from + c0, s.stride_w * s.channels, run.pixels, channels, planes + run.to, stride);
@@ -170,16 +179,16 @@ private:
         const Images& im = grid.im;
         const Plane& plane = grid.planes[p];
         const int64_t image = floor_div(row - grid.top, grid.height), h = (row - image * grid.height) * s.stride_h + plane.row;
-        const int64_t step = im.channels_last ? s.channels : 1, to = p * plane_size + (row - first_row) * grid.width;
+        const int64_t step = im.channels_last ? s.channels : 1, to = p * plane_size + (row - first_row) * grid.pitch;
         if (image < 0 || image >= images || h < 0 || h >= im.height) {
-            if (grid.shifted) runs.push_back({to, 0, 0, 0, grid.width});
+            if (grid.padded) runs.push_back({to, 0, 0, 0, grid.pitch});
             return;
         }
-        const int64_t begin = std::clamp<int64_t>(ceil_div(-plane.column, s.stride_w), 0, grid.width);
-        const int64_t end = std::clamp(ceil_div(im.width - plane.column, s.stride_w), begin, grid.width);
+        const int64_t begin = std::clamp<int64_t>(ceil_div(-plane.column, s.stride_w), 0, grid.pitch);
+        const int64_t end = std::clamp(ceil_div(im.width - plane.column, s.stride_w), begin, grid.pitch);
         const int64_t first = image * s.channels * im.height * im.width;
         Run run{to + begin, first + (h * im.width + begin * s.stride_w + plane.column) * step, end - begin,
-                grid.shifted ? begin : 0, grid.shifted ? grid.width - end : 0};
+                grid.padded ? begin : 0, grid.padded ? grid.pitch - end : 0};
         if (!runs.empty() && s.stride_w == 1 && run.before == 0) {
             Run& previous = runs.back();
             if (previous.behind == 0 && previous.to + previous.pixels == run.to && previous.from + previous.pixels * step == run.from) {
@@ -197,17 +206,18 @@ static bool all(const Mask* masks, int64_t registers) {
     return true;
 }
 
-// Some filters of a tile.
+// Some filters of a tile, for outputs that are written directly if they are of type Y.
+template <class Y>
 struct PixelTask {
     const Layer& layer;
     const Block& block;
     const Tile& tile;
-    float* direct;  // of the output, where the unit begins with the block's filters; null where sums are written later
+    Y* direct;  // of the output, where the unit begins with the block's filters; null where sums are written later
 
     // Sums are kept in the tile, [filter][pixel].
     int64_t pitch() const { return (tile.pixels() / LANES | 1) * LANES; }
 
-    Sums sums_at(int64_t k, float* sums) const {
+    Sums<Y> sums_at(int64_t k, float* sums) const {
         const PixelGrid& grid = tile.grid;
         const int64_t size = grid.registers * LANES, plane = grid.im.out_height * grid.im.out_width;
         return {sums + k * size, pitch(), layer.bias.data() + block.first, direct, plane,
@@ -222,7 +232,7 @@ struct PixelTask {
         for (int64_t k = 0; k < tile.blocks; ++k) {
             const float* w = weights;
             const Mask* masks = &grid.masks[(tile.first + k) * grid.positions.size() * V];
-            Sums kept = sums_at(k, sums);
+            Sums<Y> kept = sums_at(k, sums);
             if (!first) kept.bias = nullptr;
             if (!last) kept.y = nullptr;
             for (const Group& g : block.groups) {
@@ -244,7 +254,7 @@ struct PixelTask {
             auto end = group;
             while (end != block.groups.end() && end->rows[0] == group->rows[0]) ++end;
             for (int64_t k = 0; k < tile.blocks; ++k) {
-                const Sums kept = sums_at(k, sums);
+                const Sums<Y> kept = sums_at(k, sums);
                 vec sum[V];
                 for (vec& v : sum) v = vec{} + kept.bias[group->rows[0]];
                 const float* stripe = w;
@@ -260,7 +270,15 @@ struct PixelTask {
     }
 
 #ifdef HAS_TILES
-    // The same in matrix tiles.
+    // Where register v of block k reads, from what the tile's first pixel reads on.
+    int64_t reads(int64_t k, int64_t v) const {
+        const PixelGrid& grid = tile.grid;
+        const int64_t begin = tile.first * TILE_LANES;
+        return grid.offset(begin + k * TILE_LANES + v * LANES) - grid.offset(begin);
+    }
+
+    // Adds all channels in matrix tiles. Few weights stay in the cache while the sums of some pixels are
+    // completed; many are loaded once for all pixels of the tile.
     void add_tiles(const float* planes, float* sums) const {
         const TilePairs pairs(layer.shape.channels);
         const int64_t together = block.tile_rows.size() * sizeof(TileRow) < WEIGHTS_AT_HAND ? 1 : tile.blocks;
@@ -268,10 +286,12 @@ struct PixelTask {
         for (int64_t k0 = 0; k0 < tile.blocks; k0 += together)
             for (const TileRun& run : block.tile_runs)
                 for (int64_t k = k0; k < k0 + together; ++k) {
+                    const int64_t low = reads(k, 0), high = reads(k, 1);
                     tiles.clear();
-                    for (size_t g = run.begin; g < run.end; ++g)
-                        tiles.multiply(&block.tile_rows[block.of_group[g]], block.groups[g].size,
-                                       planes + tile.offsets[block.groups[g].position] + k * TILE_LANES, tile.stride, pairs);
+                    for (size_t g = run.begin; g < run.end; ++g) {
+                        const float* from = planes + tile.offsets[block.groups[g].position];
+                        tiles.multiply(&block.tile_rows[block.of_group[g]], block.groups[g].size, from + low, from + high, tile.stride, pairs);
+                    }
                     tiles.keep(block.groups[run.begin].size);
                     ::add(tiles, block, run, sums_at(k, sums));
                 }
@@ -284,7 +304,7 @@ struct PixelTask {
         tile.fill_pairs(x, pairs, planes);
         add_tiles(planes, sums);
         add_empty<2>(sums);
-        write_tile(sums, y);
+        if (!direct) write_tile(sums, y);
     }
 #endif
 
@@ -293,7 +313,7 @@ struct PixelTask {
     void add_empty(float* sums) const {
         for (int64_t row : block.empty)
             for (int64_t k = 0; k < tile.blocks; ++k) {
-                const Sums kept = sums_at(k, sums);
+                const Sums<Y> kept = sums_at(k, sums);
                 for (int v = 0; v < V; ++v)
                     if (kept.y) write(kept, row, v, vec{} + kept.bias[row]);
                     else store(kept.tile + row * kept.pitch + v * LANES, vec{} + kept.bias[row]);
@@ -362,14 +382,14 @@ static void run_pixels(const Layer& layer, const PixelGrid& grid, const T* x, T*
             const Tile tile(grid, unit, k / blocks % tiles);
             const T* from = x + unit * grid.images * in_size;
             T* to = y + unit * grid.images * layer.shape.filters * plane + block.first * (im.channels_last ? 1 : plane);
-            const PixelTask task{layer, block, tile, grid.direct ? as_floats(to) : nullptr};
 #ifdef HAS_TILES
             if constexpr (std::is_same_v<T, Bfloat16>)
                 if (layer.tuning.in_tiles()) {
-                    task.run_tiles(from, to, scratch);
+                    PixelTask<T>{layer, block, tile, grid.direct ? to : nullptr}.run_tiles(from, to, scratch);
                     continue;
                 }
 #endif
+            const PixelTask<float> task{layer, block, tile, grid.direct ? as_floats(to) : nullptr};
             if (grid.registers == 1) task.run<1>(from, to, scratch);
             else if (grid.registers == VECTORS) task.run<VECTORS>(from, to, scratch);
             else task.run<2 * VECTORS>(from, to, scratch);

@@ -62,15 +62,15 @@ struct TileSums {
 
     WITH_TILES static void clear() { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
 
-    // Adds 16 or 32 filters' weights times x[pair][lane], with x_stride between pairs.
-    WITH_TILES static void multiply(const TileRow* weights, int64_t filters, const float* x, int64_t x_stride, const TilePairs& pairs) {
+    // Adds 16 or 32 filters' weights times low[pair][16 lanes] and high[pair][16 lanes], with x_stride between pairs.
+    WITH_TILES static void multiply(const TileRow* weights, int64_t filters, const float* low, const float* high, int64_t x_stride, const TilePairs& pairs) {
         const int64_t bytes = x_stride * sizeof(float);
         compiler_barrier();
-        for (int64_t k = 0; k < pairs.tiles; ++k, x += pairs.rows * x_stride) {
-            _tile_loadd(6, x, bytes);
+        for (int64_t k = 0; k < pairs.tiles; ++k, low += pairs.rows * x_stride, high += pairs.rows * x_stride) {
+            _tile_loadd(6, low, bytes);
             _tile_loadd(4, weights, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, x + 16, bytes);
+            _tile_loadd(7, high, bytes);
             _tile_dpbf16ps(1, 4, 7);
             weights += 16;
             if (filters <= 16) continue;
@@ -92,7 +92,8 @@ struct TileSums {
 };
 
 // The sums of a run of groups, added to what other runs have left.
-static inline void add(const TileSums& tiles, const Block& block, const TileRun& run, const Sums& sums) {
+template <class Y>
+static inline void add(const TileSums& tiles, const Block& block, const TileRun& run, const Sums<Y>& sums) {
     const Group& g = block.groups[run.begin];
     const uint32_t first = sums.bias ? g.first : 0, last = sums.y ? block.groups[run.end - 1].last : 0;
     for (int f = 0; f < g.size; ++f)
