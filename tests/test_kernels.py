@@ -1,9 +1,11 @@
 """Every backend of the stripe-wise convolution against a dense convolution with masked weights."""
 
+import ctypes
 import logging
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,22 +130,43 @@ def test_in_tiles_what_is_not_finite_spreads_as_far_as_the_kernel_reaches(tiles,
         assert torch.equal(y.isfinite(), reference(operation)(x).isfinite())
 
 
-def test_tiles_leave_those_of_other_libraries_alone(tiles):
-    """oneDNN remembers which tiles it has set up on each thread."""
+TILE_SHAPES = """
+extern "C" void set(const char (&shapes)[64]) { __asm__ volatile("ldtilecfg %0" : : "m"(shapes)); }
+extern "C" void get(char (&shapes)[64]) { __asm__ volatile("sttilecfg %0" : "=m"(shapes)); }
+"""
+
+
+def test_tiles_leave_those_of_other_libraries_alone(tiles, tmp_path):
+    """A library may remember which tiles it has set up on a thread."""
+    (tmp_path / "shapes.cpp").write_text(TILE_SHAPES)
+    command = [compiler._compiler(), "-shared", "-fPIC", str(tmp_path / "shapes.cpp"), "-o", str(tmp_path / "shapes.so")]
+    subprocess.run(command, check=True)
+    registers, now = ctypes.CDLL(str(tmp_path / "shapes.so")), ctypes.create_string_buffer(64)
+    some = bytes([1, *[0] * 15, *[48, 0] * 3, *[0] * 26, 7, 7, 12, *[0] * 13])  # three tiles
+    x = torch.randn(3, 8, 7, 7).bfloat16()
+    for shapes in (some, bytes(64)):
+        for tuning in IN_TILES:
+            run = compiled.compiled(small_operation(), tuning)
+            registers.set(shapes)
+            run(x)
+            registers.get(now)
+            assert now.raw == shapes
+
+
+def test_tiles_and_dense_layers_in_bfloat16_take_turns(tiles):
     torch.manual_seed(0)
-    images, rows = torch.randn(4, 48, 9, 9, dtype=torch.bfloat16), torch.randn(100, 80, dtype=torch.bfloat16)
-    kernel, matrix = torch.randn(40, 48, 3, 3, dtype=torch.bfloat16), torch.randn(56, 80, dtype=torch.bfloat16)
-    convolved, product = F.conv2d(images, kernel), F.linear(rows, matrix)
-    operation = small_operation(channels=44)
-    runs = [compiled.compiled(operation, tuning) for tuning in IN_TILES]
-    x = torch.randn(3, 44, 7, 7, dtype=torch.bfloat16)
+    numbers = [torch.randn(shape).bfloat16() for shape in [(4, 48, 9, 9), (40, 48, 3, 3), (100, 80), (56, 80)]]
+    others = [lambda: F.conv2d(*numbers[:2]), lambda: F.linear(*numbers[2:])]
+    results = [other() for other in others]
+    runs = [compiled.compiled(small_operation(channels=44), tuning) for tuning in IN_TILES]
+    x = torch.randn(3, 44, 7, 7).bfloat16()
     expected = [run(x) for run in runs]
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            for run, y in zip(runs, expected, strict=True):
-                assert torch.equal(F.linear(rows, matrix), product) and torch.equal(run(x), y)
-                assert torch.equal(F.conv2d(images, kernel), convolved) and torch.equal(run(x), y)
+            for (run, y), (other, result) in product(zip(runs, expected, strict=True), zip(others, results, strict=True)):
+                for _ in range(2):  # the second time it finds what it has set up
+                    assert torch.equal(other(), result) and torch.equal(run(x), y)
     finally:
         torch.set_num_threads(1)
 
