@@ -39,7 +39,7 @@ from prune_cli.trainer import fit
 
 BATCH = 128
 FASHION_MNIST_IMAGES = 60_000
-TURNS = 5
+TURNS = 3
 SHORTEST = 8  # steps of a turn: fewer would show what `fit` does once, checking every weight for instance
 FIT = FitSettings(
     epochs=1, batch_size=BATCH, optimizer="sgd", lr=0.01, momentum=0.9, nesterov=False,
@@ -67,15 +67,18 @@ class Silent:
 
 
 class Interleaved(Silent):
-    """After every step of the trainer runs another loop's step; its time is taken apart."""
+    """After every step of the trainer runs one of another loop; seconds of each."""
 
     def __init__(self, other: Callable[[int], None]) -> None:
-        self.other, self.seconds = other, 0.0
+        self.other, self.ours, self.others = other, [], []
+        self.since = time.perf_counter()
 
     def step(self) -> None:
-        began = time.perf_counter()
+        ended = time.perf_counter()
         self.other(1)
-        self.seconds += time.perf_counter() - began
+        self.ours.append(ended - self.since)
+        self.since = time.perf_counter()
+        self.others.append(self.since - ended)
 
 
 def bare_loop(model: nn.Module, precision: str, layout: torch.memory_format) -> Callable[[int], None]:
@@ -157,17 +160,15 @@ def steps_of(loop: Callable[[int], None], seconds: float) -> int:
 
 
 def step_by_step(trainer: Callable[..., None], bare: Callable[[int], None], seconds: float) -> dict[str, list[float]]:
-    """Both loops' speed in every turn, in which their steps alternate."""
+    """Both loops' speed in every turn, in which their steps alternate: that of the median step."""
     steps = max(steps_of(bare, seconds), steps_of(trainer, seconds))
     speeds: dict[str, list[float]] = {"trainer": [], "bare loop": []}
     trainer(steps)  # makes the data
     for _ in range(TURNS):
-        other = Interleaved(bare)
-        began = time.perf_counter()
-        trainer(steps, other)
-        elapsed = time.perf_counter() - began
-        speeds["trainer"].append(steps * BATCH / (elapsed - other.seconds))
-        speeds["bare loop"].append(steps * BATCH / other.seconds)
+        turn = Interleaved(bare)
+        trainer(steps, turn)
+        for name, seconds_of in (("trainer", turn.ours), ("bare loop", turn.others)):
+            speeds[name].append(BATCH / statistics.median(seconds_of[1:]))  # the first has what `fit` does once
     return speeds
 
 

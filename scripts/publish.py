@@ -127,15 +127,16 @@ def kernels(table: str) -> str:
     groups: dict[float, list[dict[str, str]]] = defaultdict(list)
     for row in _rows(PUBLISHED / table / "table.csv"):
         groups[float(row["ratio"])].append(row)
-    lines = ["| stripes removed | layers | dense plans | speedup, geometric mean | slowest layer | fastest layer |"]
-    lines.append("| ---: | ---: | ---: | ---: | --- | --- |")
+    lines = ["| stripes removed | layers | dense plans | speedup, geometric mean | without dense plans "]
+    lines[0] += "| slowest layer | fastest layer |"
+    lines.append("| ---: | ---: | ---: | ---: | ---: | --- | --- |")
     for ratio, rows in sorted(groups.items()):
         speedups = {row["layer"]: float(row["speedup"]) for row in rows}
         slowest, fastest = min(speedups, key=speedups.get), max(speedups, key=speedups.get)
-        dense = sum(row["plan"].startswith("dense") for row in rows)
+        sparse = [float(row["speedup"]) for row in rows if not row["plan"].startswith("dense")]
         lines.append(
-            f"| {ratio:.0%} | {len(rows)} | {dense} | {statistics.geometric_mean(speedups.values()):.2f}x "
-            f"| {speedups[slowest]:.2f}x ({slowest}) | {speedups[fastest]:.2f}x ({fastest}) |"
+            f"| {ratio:.0%} | {len(rows)} | {len(rows) - len(sparse)} | {statistics.geometric_mean(speedups.values()):.2f}x "
+            f"| {statistics.geometric_mean(sparse):.2f}x | {speedups[slowest]:.2f}x ({slowest}) | {speedups[fastest]:.2f}x ({fastest}) |"
         )
     environment = json.loads((PUBLISHED / table / "env.json").read_text())
     where = f"{_where(environment['machine'])}, torch {environment['versions']['torch']}"
@@ -170,6 +171,19 @@ def trained_network(table: str) -> str:
     )
     warned = "".join(f" The run itself says: {note}" for note in record.notes)
     return "\n".join(lines) + f"\n\n{said}{warned}\n"
+
+
+def compared(table: str) -> str:
+    """`scripts/compare_lenets.py`: networks side by side."""
+    networks = json.loads((PUBLISHED / f"{table}.json").read_text())["networks"]
+    lines = ["| network | dense % | 80 % of layer 1 gone | of layer 2 | of both | neuron active, layer 1 | layer 2 "]
+    lines[0] += "| neurons of layer 1 nearly zero | its weights' L2 norm |"
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for n in networks:
+        left = " | ".join(f"{n['without'][layer]:.2f}" for layer in ("fc1", "fc2", "both"))
+        active = " | ".join(f"{share:.0%}" for share in n["active"].values())
+        lines.append(f"| {n['name']} | {n['dense']:.2f} | {left} | {active} | {n['gone']} | {n['norm']:.1f} |")
+    return "\n".join(lines) + "\n"
 
 
 def report(table: str) -> str:
@@ -245,10 +259,13 @@ PARTS: dict[str, tuple[Callable[[str], str], str]] = {
     "training-speed": (benchmark, "training_speed"),
     "removal-proof": (removal, "torchvision_proof"),
     "kernel-speed": (kernels, "bench_kernel"),
+    "kernel-speed-channels-last": (kernels, "bench_kernel_channels_last"),
+    "kernel-speed-bfloat16": (kernels, "bench_kernel_bfloat16"),
     "trained-vgg16": (trained_network, "bench_vgg16"),
     "merging-speed": (merging, "merging_speed"),
     "lenet-checkpoint": (report, "lenet_checkpoint"),
     "lenet": (report, "lenet"),
+    "lenet-networks": (compared, "lenet_networks"),
     "comparison": (report, "comparison"),
 }
 REPORTS = ("lenet_checkpoint", "lenet", "comparison")

@@ -16,10 +16,10 @@ struct Tuning {  // how it is computed; what is best is measured
                             // Matrix tiles hold 32 filters x 32 lanes, for one position (0) or for all (3)
     int64_t tile;           // pixels of a tile
     int64_t channel_block;  // input channels multiplied between loading and storing the sums; matrix tiles take all
+    int64_t filter_blocks;  // parts of the filters that threads share
 
     bool in_images() const { return layout & 1; }
     bool in_tiles() const { return layout & 2; }
-    int64_t filter_blocks;  // parts of the filters that threads share
 };
 
 struct Images {  // one call
