@@ -100,8 +100,10 @@ class ChannelGraph:
         module, group = self.model.get_submodule(layer), self.of(layer)
         if group is None or group.blocked == OUTPUT:
             return self.why_not_alone(layer)
+        if layer in self.pointwise:
+            return None
         if not isinstance(module, nn.Conv2d):
-            return "not a convolution"
+            return "fully connected"
         grouped = "depthwise" if block_size(module) == 1 else "a grouped convolution"
         return grouped if module.groups > 1 else None
 

@@ -48,10 +48,13 @@ class PruningMethod(TrainingHooks, ABC):
     scope     `global` removes the ratio of all units, `local` of every layer's
 
     needs_ratio  whether training itself has to know the ratio: the method then has a field `ratio`
+    version      raised when the method makes something else than before of the same settings, so that what
+                 the store has of it is not used again
     """
 
     unit: ClassVar[str]
     needs_ratio: ClassVar[bool] = False
+    version: ClassVar[int] = 1
     scope: str
     start: Literal["init", "dense", None] = None
     finetune: bool = selection_field(default=False)
@@ -102,7 +105,8 @@ class PruningMethod(TrainingHooks, ABC):
         """The method's identity and the fields that sparsify depends on; part of its key."""
         target = f"{type(self).__module__}.{type(self).__qualname__}"
         trained = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("selection")}
-        return {"target": target, "source": source_hash(target), **trained}
+        version = None if self.version == 1 else self.version
+        return {"target": target, "source": source_hash(target), "version": version, **trained}
 
     def selection_settings(self) -> dict[str, Any]:
         """All that prune depends on; part of its key. `drop`, what every cut did before there was a choice,

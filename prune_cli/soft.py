@@ -25,9 +25,9 @@ class SoftPruning(PruningMethod):
     """Selects the same fraction of the filters of every convolution and zeroes them, before the
     first epoch and after each one. Nothing is trained again after the cut.
 
-    Convolutions that write into a residual sum are selected like all others, each for itself. Batch
-    norms are left alone; that a removed channel emits no constant is the cut's doing, and the
-    accuracy is that of the cut network.
+    Linear layers on maps, as in ConvNeXt, are convolutions of one pixel. Layers that write into a residual
+    sum are selected like all others, each for itself. Batch norms are left alone; that a removed channel emits
+    no constant is the cut's doing, and the accuracy is that of the cut network.
 
     ratio    fraction of filters to zero: the experiment's, which training has to know here, or what
              meets the experiment's target
@@ -37,6 +37,7 @@ class SoftPruning(PruningMethod):
     unit: ClassVar[str] = "filter"
     scope: ClassVar[str] = "local"
     needs_ratio: ClassVar[bool] = True
+    version: ClassVar[int] = 2  # 2: linear layers on maps are pruned
     start: Literal["init", "dense"] = "init"
     ratio: Ratio
 

@@ -207,7 +207,7 @@ def _dead_channels(graph: ChannelGraph, masks: Masks) -> list[tuple[ChannelGroup
 class _Gap:
     """Filters that die while another layer goes on writing their channels.
 
-    layer     their convolution
+    layer     their convolution, or linear layer on maps
     norm      the norm that is its own, None where there is none
     channels  which filters
     """
@@ -231,11 +231,11 @@ def _gaps(graph: ChannelGraph, masks: Masks, removed: dict[str, list[int]]) -> l
     found = []
     for layer in masks.keep if masks.unit == "filter" else ():
         module = graph.model.get_submodule(layer)
-        if not isinstance(module, nn.Conv2d) or module.groups > 1:
+        if graph.why_not_for_itself(layer):
             continue
         gone = removed.get(layer, [])
         dead = [c for c in dead_filters(masks, layer, module).nonzero().flatten().tolist() if c not in gone]
-        if channels := dead[: module.out_channels - len(gone) - 1]:
+        if channels := dead[: len(module.weight) - len(gone) - 1]:
             found.append(_Gap(layer, graph.own_norm(layer), channels))
     return found
 

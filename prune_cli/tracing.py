@@ -28,6 +28,7 @@ _MIXING = {  # the shape says nothing, and a zero channel would still be felt by
     "channel_shuffle", "native_channel_shuffle", "cumsum", "sort",
 }  # fmt: skip
 _INDEXED = ("Index", "Gather", "Scatter", "Take")  # autograd nodes of what picks by a tensor of indices
+_PERMUTING = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"}
 _CHANNELS_LAST = {(0, 2, 3, 1), (0, 3, 1, 2), (0, 2, 1)}  # to the last axis and back: the channels stay what they are
 _NOT_ZERO_AT_ZERO = {"Sigmoid", "Hardsigmoid", "Softplus", "LogSigmoid", "Exp", "Cos", "Softmax", "LogSoftmax"}
 
@@ -148,7 +149,8 @@ class _Watch(TorchFunctionMode):
             name = func.__name__.strip("_")
             indexed = result.grad_fn.name().startswith(_INDEXED)
             read = [t for t in _tensors(args) if t.requires_grad and not isinstance(t, nn.Parameter)]
-            if read and name not in _HANDLED and (indexed or not _keeps_channels(name, args, read, result)):
+            order = _order(func, args, kwargs or {}) if read and name in _PERMUTING else None
+            if read and name not in _HANDLED and (indexed or not _keeps_channels(name, order, read, result)):
                 reason = f"{name} moves or mixes channels"
                 self.found[result.grad_fn] = (reason, _channels(read[0]), _channels(result))
         return result
@@ -162,12 +164,12 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _keeps_channels(name: str, args: tuple, read: list[Tensor], result: Tensor) -> bool:
-    """Whether channel i of the result is made of channel i of what was read, or of its pixels behind a flatten."""
+def _keeps_channels(name: str, order: tuple[int, ...] | None, read: list[Tensor], result: Tensor) -> bool:
+    """Whether channel i of the result is made of channel i of what was read, or of its pixels behind a flatten.
+    `order`: that of the axes, where the operation permutes them."""
     if name in _MIXING:
         return False
-    if name in ("permute", "transpose", "swapaxes", "movedim"):
-        order = _permutation(name, args, result.ndim)
+    if order is not None:
         return order in _CHANNELS_LAST or order[:2] == (0, 1)
     if result.ndim < 2 or any(t.ndim < 2 for t in read):
         return False
@@ -175,16 +177,10 @@ def _keeps_channels(name: str, args: tuple, read: list[Tensor], result: Tensor) 
     return flattened or all(_channels(t) == _channels(result) for t in read)
 
 
-def _permutation(name: str, args: tuple, ndim: int) -> tuple[int, ...]:
-    numbers = [n for arg in args[1:] for n in (arg if isinstance(arg, (list, tuple)) else [arg])]
-    axes = list(range(ndim))
-    if name == "permute":
-        return tuple(n % ndim for n in numbers)
-    if name == "movedim" or len(numbers) != 2:
-        return ()
-    first, second = (n % ndim for n in numbers)
-    axes[first], axes[second] = axes[second], axes[first]
-    return tuple(axes)
+def _order(func: Any, args: tuple, kwargs: dict) -> tuple[int, ...]:
+    """Per axis of the result which one it was, told by axes of sizes 0, 1, 2, ..."""
+    axes = torch.empty(tuple(range(args[0].ndim)), device="meta")
+    return tuple(func(axes, *args[1:], **kwargs).shape)
 
 
 def _channels(tensor: Tensor) -> int:

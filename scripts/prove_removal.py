@@ -150,9 +150,10 @@ def difference(expected: Tensor, found: Tensor) -> float:
 
 
 def channels(model: nn.Module, on_maps: frozenset[str]) -> int:
-    """Outputs of convolutions, and of the linear layers on maps with these names."""
-    layers = [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) or name in on_maps]
-    return sum(len(layer.weight) for layer in layers)
+    """Outputs of convolutions, and of the linear layers on maps that the dense network has under these names."""
+    own = on_maps | {f"{name}.layer" for name in on_maps}  # a scatter behind the layer has taken its name
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name in own}
+    return sum(len(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Conv2d) or name in linear)
 
 
 def train_step(model: nn.Module) -> None:

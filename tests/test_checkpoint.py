@@ -28,6 +28,7 @@ NETWORKS = {
     "depthwise": ("toys.Grouped", {"groups": 6}, 3, 8),
     "concat": ("toys.Concat", {}, 3, 8),
     "pointwise": ("toys.Pointwise", {}, 3, 8),
+    "on maps": ("toys.OnMaps", {}, 3, 8),
 }
 FORMS = ["dense", "filter", "folded", "stripe", "group", "weight"]
 
@@ -117,17 +118,24 @@ def test_a_loaded_network_can_be_saved_trained_and_cut_again(tmp_path):
     surgery.verify(surgery.mask(loaded, masks), surgery.cut(loaded, masks))
 
 
-def test_scattered_channels_come_back(tmp_path):
-    """Also where a network was cut twice, and from a file of before there were any."""
-    target, arguments, *_ = NETWORKS["ResNet A"]
-    model = network(target, 3, 9, classes=4, **arguments)
+@pytest.mark.parametrize(("case", "layers"), [("ResNet A", ()), ("on maps", ("narrow",))])
+def test_scattered_channels_come_back(case, layers, tmp_path):
+    """Also where a network was cut twice."""
+    target, arguments, *shape = NETWORKS[case]
+    model = network(target, *shape, classes=4, **arguments)
     for seed in (0, 1):
-        model = surgery.cut(model, random_masks(model, "filter", kept=0.6, seed=seed)).model.eval()
-        save_model(tmp_path / "model", model, ModelSpec("ResNet A", target, arguments), classes=4)
+        masks = random_masks(model, "filter", kept=0.6, seed=seed, only=layers)
+        model = surgery.cut(model, masks).model.eval()
+        save_model(tmp_path / "model", model, ModelSpec(case, target, arguments), classes=4)
         loaded = load_model(tmp_path / "model")
         assert repr(loaded) == repr(model)
-        x = torch.randn(2, 3, 9, 9)
+        assert "ScatterChannels" in repr(loaded)
+        x = torch.randn(2, 3, shape[1], shape[1])
         assert torch.equal(loaded(x), model(x))
+        layers = tuple(f"{name}.layer" for name in layers)
+
+
+def test_a_file_of_before_channels_were_scattered(tmp_path):
     saved(tmp_path / "old", "ResNet A", "dense")
     edited(tmp_path / "old", header=lambda h: h.pop("scatters"))
     load_model(tmp_path / "old")

@@ -63,6 +63,16 @@ def test_what_only_selects_is_no_reason_to_train_again():
     assert not {"criterion", "scope", "ratios", "finetune"} & set(FilterPruning().training_settings())
 
 
+def test_what_an_older_version_of_a_method_made_is_not_used_again(compose, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "fit", lambda *args, **more: [])  # the keys do not wait for training
+    experiment = build(compose("method=stripe", "debug=default", "dataset=digits", "runtime.latency_seconds=0"))
+    before = run(experiment, tmp_path / "run", command="test")
+    monkeypatch.setattr(StripePruning, "version", StripePruning.version + 1)
+    after = run(experiment, tmp_path / "again", command="test")
+    same = {old.stage: old.key == new.key for old, new in zip(before.stages, after.stages, strict=True)}
+    assert same == {"dense": True, "sparse": False, "pruned": False, "random": False}
+
+
 @pytest.mark.parametrize("path", sorted(CONF.glob("method/*.yaml")), ids=lambda p: p.stem)
 def test_a_penalty_derived_from_the_schedule_is_refused_with_adam_before_training(path, compose, tmp_path, monkeypatch):
     """`Progress.travel` is how far sgd moves a weight; adam divides by the gradient."""

@@ -87,6 +87,20 @@ def test_sfp_zeroes_the_smallest_norms(norm, order):
             assert filters == sorted(scores[name].argsort()[: len(scores[name]) // 2].tolist())
 
 
+@both
+def test_linear_layers_on_maps_are_convolutions_too(method):
+    """Both of a block of ConvNeXt, also the one that writes into the residual sum."""
+    model = method.prepare(network("toys.OnMaps"))
+    method.before_fit(model, at(0))
+    masks = method.prune(trained(model, method, 4), 0.4)
+    assert {name: int((~keep).sum()) for name, keep in masks.keep.items()} == {"stem": 2, "wide": 4, "narrow": 2, "next": 2}
+    small = surgery.cut(model, masks)
+    surgery.verify(surgery.mask(model, masks), small)
+    assert {type(small.model.get_submodule(name)) for name in ("wide", "narrow.layer")} == {nn.Linear}
+    if isinstance(method, GeometricMedian):
+        assert not model.narrow.weight[~masks.keep["narrow"]].any()
+
+
 def test_sfp_lets_every_filter_recover_until_the_epoch_ends():
     model, method = network("tiny.TinyResNet"), METHODS[0]
     method.before_fit(model, at(0))
@@ -220,7 +234,7 @@ def test_the_last_mask_is_in_what_is_saved(name, start, compose, tmp_path):
 
 @both
 def test_a_network_without_convolutions_is_refused_before_any_training(method):
-    with pytest.raises(UserError, match="fc1 and 1 more: not a convolution; fc3: its channels"):
+    with pytest.raises(UserError, match="fc1 and 1 more: fully connected; fc3: its channels"):
         method.prepare(network("prune_cli.models.lenet.LeNet300100", channels=1))
     with pytest.raises(UserError, match="features.0 and 4 more: excluded by method.exclude$"):
         replace(method, exclude=("*",)).prepare(network("tiny.TinyVGG"))

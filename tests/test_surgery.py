@@ -183,6 +183,22 @@ def test_a_filter_that_dies_alone_in_a_residual_sum_is_gone():
     assert saved == 4 * (8 * 9 + 2)
 
 
+def test_a_neuron_on_maps_that_dies_alone_in_a_residual_sum_is_gone():
+    """With its bias; and the layer is cut once more, where the other channels of the sum are mixed by a norm."""
+    model = network("toys.OnMaps")
+    keep = torch.tensor([True, False] * 3)
+    small = compared(model, Masks("filter", {"narrow": keep}, 0.5))
+    assert small.masks.keep == {}
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(small.model.narrow.layer, name), getattr(model.narrow, name)[keep])
+    with torch.no_grad():
+        sums = small.model.narrow(torch.randn(2, 5, 4, 12))
+    assert sums.shape == (2, 5, 4, 6)
+    assert not sums[..., 1::2].any()
+    again = compared(small.model, Masks("filter", {"narrow.layer": torch.tensor([True, False, True])}, 0.3))
+    assert len(again.model.get_submodule("narrow.layer.layer").weight) == 2
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_channels_return_to_their_places(layout):
     x = torch.randn(2, 3, 4, 5).to(memory_format=layout).requires_grad_()
@@ -192,6 +208,8 @@ def test_channels_return_to_their_places(layout):
     assert not y[:, [1, 3, 5]].any()
     y.square().sum().backward()
     assert torch.equal(x.grad, 2 * x)
+    maps = x.detach().movedim(1, -1)
+    assert torch.equal(ScatterChannels(torch.tensor([4, 0, 2]), 6, axis=-1)(maps), y.movedim(1, -1))
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])

@@ -1,28 +1,48 @@
-"""A convolution that remembers which of its filters are pruned while it trains."""
+"""Layers that remember which of their filters are pruned while they train."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-class MaskedConv2d(nn.Conv2d):
-    """Conv2d with `alive`, (O,) bool buffer: False where a filter is held at zero."""
+class Masked:
+    """A layer with `alive`, (O,) bool buffer: False where a filter is held at zero."""
 
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d) -> "MaskedConv2d":
-        """Takes over the settings and the weights of `conv` (not a copy of them)."""
-        layer = _like(cls, conv)
-        layer.register_buffer("alive", torch.ones(len(conv.weight), dtype=torch.bool, device=conv.weight.device))
-        return layer
+    weight: Tensor
+    alive: Tensor
 
-    def plain(self) -> nn.Conv2d:
-        """The ordinary convolution."""
-        return _like(nn.Conv2d, self)
+    def plain(self) -> nn.Module:
+        """The ordinary layer."""
+        return _like(self, nn.Conv2d, nn.Linear)
+
+    @torch.no_grad()
+    def hold(self, values: Tensor) -> None:
+        """Zero the filters that are not alive in `values`, of the weight's shape (O, ...), in place."""
+        values.mul_(self.alive.view(-1, *[1] * (values.ndim - 1)))
 
 
-def _like(kind: type[nn.Conv2d], conv: nn.Conv2d) -> nn.Conv2d:
-    layer = kind(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-        conv.groups, conv.bias is not None, conv.padding_mode, device="meta",
-    )
-    layer.weight, layer.bias = conv.weight, conv.bias
-    return layer.train(conv.training)
+class MaskedConv2d(Masked, nn.Conv2d):
+    """Conv2d that remembers."""
+
+
+class MaskedLinear(Masked, nn.Linear):
+    """Linear that remembers."""
+
+
+def masked(layer: nn.Conv2d | nn.Linear) -> MaskedConv2d | MaskedLinear:
+    """The layer with all filters alive; takes over its settings and its weights (not a copy of them)."""
+    remembers = _like(layer, MaskedConv2d, MaskedLinear)
+    remembers.register_buffer("alive", torch.ones(len(layer.weight), dtype=torch.bool, device=layer.weight.device))
+    return remembers
+
+
+def _like(layer: nn.Conv2d | nn.Linear, conv: type[nn.Conv2d], linear: type[nn.Linear]) -> nn.Conv2d | nn.Linear:
+    biased = layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        new = linear(layer.in_features, layer.out_features, biased, device="meta")
+    else:
+        new = conv(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            layer.groups, biased, layer.padding_mode, device="meta",
+        )  # fmt: skip
+    new.weight, new.bias = layer.weight, layer.bias
+    return new.train(layer.training)

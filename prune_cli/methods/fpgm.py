@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prune_cli.criteria import distance_sum, filter_norm
 from prune_cli.hooks import Progress
-from prune_cli.layers.masked import MaskedConv2d
+from prune_cli.layers.masked import Masked, masked
 from prune_cli.masks import Masks
 from prune_cli.settings import Ratio
 from prune_cli.soft import SoftPruning
@@ -35,8 +35,8 @@ class GeometricMedian(SoftPruning):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         model = super().prepare(model)
-        for name, conv in self.prunable(model).layers.items():
-            model.set_submodule(name, MaskedConv2d.from_conv(conv))
+        for name, layer in self.prunable(model).layers.items():
+            model.set_submodule(name, masked(layer))
         return model
 
     @torch.no_grad()
@@ -45,17 +45,15 @@ class GeometricMedian(SoftPruning):
         for name, keep in masks.keep.items():
             model.get_submodule(name).alive.copy_(keep)
 
-    @torch.no_grad()
     def after_backward(self, model: nn.Module, progress: Progress) -> None:
         for layer in _masked(model):
-            layer.weight.grad.mul_(layer.alive.view(-1, 1, 1, 1))
+            layer.hold(layer.weight.grad)
 
-    @torch.no_grad()
     def after_step(self, model: nn.Module, progress: Progress) -> None:
         # What a filter collected before it was zeroed, its momentum, would still move it.
         for layer in _masked(model):
-            layer.weight.mul_(layer.alive.view(-1, 1, 1, 1))
+            layer.hold(layer.weight)
 
 
-def _masked(model: nn.Module) -> list[MaskedConv2d]:
-    return [module for module in model.modules() if isinstance(module, MaskedConv2d)]
+def _masked(model: nn.Module) -> list[Masked]:
+    return [module for module in model.modules() if isinstance(module, Masked)]

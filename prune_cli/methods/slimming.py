@@ -39,6 +39,7 @@ class NetworkSlimming(PruningMethod):
 
     unit: ClassVar[str] = "filter"
     scope: ClassVar[str] = "global"
+    version: ClassVar[int] = 2  # 2: residual=true reaches what grouped convolutions read
     start: Literal["init", "dense"] = "init"
     finetune: bool = selection_field(default=True)
     lam: NonNegative | None = None
