@@ -183,6 +183,20 @@ def test_the_selection_of_the_cut_is_what_training_left_at_zero(method):
     }
 
 
+@both
+def test_filters_that_were_at_work_to_the_end_are_reported(method):
+    """Their batch norm still has the variance of what it saw last."""
+    model = method.prepare(network("tiny.TinyResNet"))
+    method.before_fit(model, at(0))
+    [note] = method.prune(model, 0.4).notes
+    assert note.startswith("100% of the filters that go were at work")
+    for name in method.prunable(model).layers:
+        norm = model.get_submodule("stem.1" if name == "stem.0" else name.replace("conv", "bn"))
+        norm.running_var[dead(model)[name]] = 1e-7  # it has seen nothing else for a while
+    assert not method.prune(model, 0.4).notes
+    assert not method.prune(network("toys.BiasedSum"), 0.4).notes  # has no batch norms
+
+
 def test_the_growing_rate():
     method = SoftFilterPruning(ratio=0.4, asymptotic=True)
     assert [method.rate(at(step, 80)) for step in (0, 10, 80)] == pytest.approx([0, 0.3, 0.4], abs=4e-3)
