@@ -30,6 +30,7 @@ from prune_cli.report.collect import collect
 from prune_cli.report.formats import to_csv, to_markdown
 from prune_cli.report.page import to_html
 from prune_cli.report.plots import plots
+from prune_cli.report.rows import method_of
 from prune_cli.report.stages import render
 from prune_cli.report.summary import spread, summary_markdown
 from prune_cli.report.table import ReportTable, tables
@@ -90,13 +91,33 @@ def tuning(table: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def growing_rate(table: str) -> str:
-    """Soft pruning with and without a growing rate, on the validation split."""
-    lines = ["| rate | n | dense, validation % | pruned, validation % |", "| --- | ---: | ---: | ---: |"]
-    for grows in (False, True):
-        group = [r for r in records(table) if r.config["method"]["asymptotic"] is grows]
+def soft_pruning(table: str) -> str:
+    """SFP and FPGM on the validation split, and how many runs warn that what they removed was at work to the end."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records(table):
+        method = record.config["method"]
+        option = "growing rate" if method.get("asymptotic") else f"mix {method['norm_ratio']:g}" if method.get("norm_ratio") else ""
+        groups[", ".join(filter(None, (method_of(record), option)))].append(record)
+    lines = ["| method | n | dense, validation % | pruned, validation % | warn of it |", "| --- | ---: | ---: | ---: | ---: |"]
+    for label, group in sorted(groups.items(), key=lambda item: (item[0].startswith("fpgm"), item[0])):
         dense, pruned = (spread([100 * r.stage(s).validation for r in group]) for s in ("dense", "pruned"))
-        lines.append(f"| {'growing' if grows else 'constant'} | {len(group)} | {dense} | {pruned} |")
+        warn = sum(any("at work" in note for note in r.notes) for r in group)
+        lines.append(f"| {label} | {len(group)} | {dense} | {pruned} | {warn} of {len(group)} |")
+    return "\n".join(lines) + "\n"
+
+
+def regrowth(table: str) -> str:
+    """`scripts/explain_regrowth.py`: what becomes of filters at zero, by the batch norms' epsilon."""
+    content = json.loads((PUBLISHED / f"{table}.json").read_text())
+    groups: dict[tuple[str, float], list[dict]] = defaultdict(list)
+    for outcome in content["outcomes"]:
+        groups[outcome["rate"], outcome["epsilon"]].append(outcome)
+    lines = ["| rate | epsilon | n | before the last zeroing, validation % | after | their norm, at most | zeroed again % |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for (rate, epsilon), group in groups.items():
+        before, after, again = (spread([outcome[key] for outcome in group]) for key in ("before", "after", "again"))
+        norm = max(outcome["norm"] for outcome in group)
+        lines.append(f"| {rate} | {epsilon:g} | {len(group)} | {before} | {after} | {norm:.2f}x | {again} |")
     return "\n".join(lines) + "\n"
 
 
@@ -254,7 +275,8 @@ PARTS: dict[str, tuple[Callable[[str], str], str]] = {
     "stripe-digits-tuning": (tuning, "stripe_digits_tuning"),
     "slimming-digits-tuning": (tuning, "slimming_digits_tuning"),
     "group-digits-tuning": (tuning, "group_digits_tuning"),
-    "sfp-digits-tuning": (growing_rate, "sfp_digits_tuning"),
+    "soft-digits-tuning": (soft_pruning, "soft_digits_tuning"),
+    "soft-regrowth": (regrowth, "soft_regrowth"),
     "fp-digits": (stages_over_seeds, "fp_digits"),
     "training-speed": (benchmark, "training_speed"),
     "removal-proof": (removal, "torchvision_proof"),

@@ -3,14 +3,18 @@
 from collections import Counter
 
 import torch
+from rich.console import Console
 from tiny import TinyResNet
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_cli.datasets.dataset import Splits
 from prune_cli.hooks import TrainingHooks
+from prune_cli.journal import Journal
 from prune_cli.settings import FitSettings
+from prune_cli.store import Store
 from prune_cli.trainer import fit
+from prune_cli.workshop import Workshop
 
 SETTINGS = FitSettings(
     epochs=3, batch_size=8, optimizer="sgd", lr=0.05, momentum=0.9, nesterov=False, weight_decay=1e-3, schedule="one_cycle"
@@ -100,6 +104,11 @@ def run_fit(model, settings=SETTINGS, hooks=None, *, splits=None, checkpoint=Non
 def state_of(model):
     """A copy of all weights and statistics."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def workshop_of(experiment):
+    """What the stages of a run share, for stages that are called one by one."""
+    return Workshop(experiment, Store(experiment.runtime.store), Journal(None, Console(quiet=True)))
 
 
 def same_state(a, b):

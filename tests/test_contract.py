@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from rich.console import Console
+from fitting import same_state, workshop_of
 from safetensors.torch import load_file
 from tiny import randomise
 
@@ -18,13 +18,11 @@ from prune_cli.compose import CONF
 from prune_cli.errors import UserError
 from prune_cli.experiment import Experiment
 from prune_cli.hooks import Progress, TrainingHooks
-from prune_cli.journal import Journal, StageJournal
+from prune_cli.journal import StageJournal
 from prune_cli.method import PruningMethod
 from prune_cli.models.spec import ModelSpec
 from prune_cli.pipeline import run
 from prune_cli.record import Record
-from prune_cli.store import Store
-from prune_cli.workshop import Workshop
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 RATIO = 0.5
@@ -76,21 +74,13 @@ def _in_store(experiment, store: Path):
     return replace(experiment, runtime=replace(experiment.runtime, store=str(store)))
 
 
-def _workshop(experiment) -> Workshop:
-    return Workshop(experiment, Store(experiment.runtime.store), Journal(None, Console(quiet=True)))
-
-
 def _prepared(experiment):
     """The network that the method selects from, with everything random that removal could rely on."""
-    return randomise(experiment.method.prepare(_workshop(experiment).untrained()))
+    return randomise(experiment.method.prepare(workshop_of(experiment).untrained()))
 
 
 def _state(model) -> dict:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def _same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_an_unknown_key_is_refused_with_a_sentence(method, compose):
@@ -122,7 +112,7 @@ def test_warm_and_cold_store_agree(method, compose, first_run, tmp_path):
     assert warm.stage("dense").cached
     for stage in cold.stages:
         name = f"checkpoints/{stage.stage}.safetensors"
-        assert _same(load_file(tmp_path / "warm" / name), load_file(folder / name)), stage.stage
+        assert same_state(load_file(tmp_path / "warm" / name), load_file(folder / name)), stage.stage
     assert [s.accuracy for s in warm.stages] == [s.accuracy for s in cold.stages]
 
 
@@ -154,7 +144,7 @@ def test_prune_leaves_the_network_untouched(experiment):
     model = _prepared(experiment)
     before, flags = _state(model), [m.training for m in model.modules()]
     experiment.method.prune(model, RATIO)
-    assert _same(before, _state(model))
+    assert same_state(before, _state(model))
     assert flags == [m.training for m in model.modules()]
 
 
@@ -260,7 +250,7 @@ def test_killed_in_the_middle_and_resumed_equals_uninterrupted(method, compose, 
     log = (tmp_path / "resumed/run.log").read_text()
     assert f"{stage}: resumed after epoch 2 of 4" in log
     for file in (tmp_path / "whole/checkpoints").iterdir():
-        assert _same(load_file(file), load_file(tmp_path / "resumed/checkpoints" / file.name)), file.name
+        assert same_state(load_file(file), load_file(tmp_path / "resumed/checkpoints" / file.name)), file.name
 
 
 def _kill_in(stage: str, steps: int) -> None:

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fitting import same_state, workshop_of
 from safetensors.torch import load_file
 from test_surgery import compared, every_network, images, off_by
 from toys import network, random_masks
 from torch import nn
 
-from prune_cli import load, surgery
+from prune_cli import load, stages, surgery
 from prune_cli.build import build
 from prune_cli.commands.plan import lines
 from prune_cli.errors import StageError, UserError
@@ -202,10 +203,6 @@ def experiment(compose):
     return made
 
 
-def _same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_a_run_folds_wherever_it_cuts_and_says_so(experiment, tmp_path):
     recipe = "recipe.finetune.start=rewind", "recipe.controls=[random]"
     plain = run(experiment(*recipe), tmp_path / "drop", command="test")
@@ -222,17 +219,13 @@ def test_a_run_folds_wherever_it_cuts_and_says_so(experiment, tmp_path):
     for stage in ("pruned", "random"):
         masks = Masks.load(store / stage / keys[1][stage] / "masks.safetensors")
         expected = surgery.cut(dense, masks, "fold").model.state_dict()
-        assert _same(load_file(tmp_path / f"fold/checkpoints/{stage}.safetensors"), expected), stage
-        assert not _same(load_file(tmp_path / f"drop/checkpoints/{stage}.safetensors"), expected), stage
+        assert same_state(load_file(tmp_path / f"fold/checkpoints/{stage}.safetensors"), expected), stage
+        assert not same_state(load_file(tmp_path / f"drop/checkpoints/{stage}.safetensors"), expected), stage
     assert all(s.cached for s in run(one, tmp_path / "again", command="test").stages)
 
 
 def test_rewinding_and_rounds_fold_too(experiment):
-    from test_rounds import _shop
-
-    from prune_cli import stages
-
-    shop = _shop(experiment("method.constant=fold", "rounds=2"))
+    shop = workshop_of(experiment("method.constant=fold", "rounds=2"))
     network, cuts, expected = stages.train_dense(shop), [], shop.untrained()
     for number in (1, 2):
         cuts.append(stages.prune(shop, network, number))
@@ -240,7 +233,7 @@ def test_rewinding_and_rounds_fold_too(experiment):
         masks = Masks.load(network.artifact.file("masks.safetensors"))
         expected = surgery.cut(expected, masks, "fold").model
         begun = stages._begin(shop, cuts, "rewind")
-        assert _same(begun.state_dict(), expected.state_dict())
+        assert same_state(begun.state_dict(), expected.state_dict())
         assert any("constant=fold" in note for note in network.artifact.result["notes"])
 
 

@@ -5,7 +5,6 @@ import torch
 from tiny import TinyResNet, TinyVGG, randomise
 from toys import network
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli import surgery
 from prune_cli.channels import ChannelGraph

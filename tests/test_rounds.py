@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from fitting import same_state, workshop_of
 from safetensors.torch import load_file
 from toys import network, random_masks
 
@@ -13,7 +13,6 @@ from prune_cli import load, pictures, stages, surgery
 from prune_cli.build import build
 from prune_cli.errors import UserError
 from prune_cli.hooks import TrainingHooks
-from prune_cli.journal import Journal
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.methods.weight import WeightPruning
 from prune_cli.models.spec import ModelSpec
@@ -21,8 +20,6 @@ from prune_cli.pipeline import run
 from prune_cli.record import Record
 from prune_cli.repeated import lifted, packed, packing, unpacked, zeros
 from prune_cli.report.stages import sentences
-from prune_cli.store import Store
-from prune_cli.workshop import Workshop
 
 QUICK = "debug=default", "dataset=digits", "runtime.latency_seconds=0"
 
@@ -35,14 +32,6 @@ def experiment(compose):
         return replace(build(compose(*QUICK, *overrides)), model=ModelSpec(model, f"tiny.{model}"))
 
     return made
-
-
-def _shop(experiment) -> Workshop:
-    return Workshop(experiment, Store(experiment.runtime.store), Journal(None, Console(quiet=True)))
-
-
-def _same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def _weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
@@ -93,7 +82,7 @@ def test_unpacking_and_packing_change_nothing_that_is_computed(unit):
         torch.testing.assert_close(wide(x), expected)
         assert torch.equal(again(x), expected)
     assert packing(again) == units
-    assert _same(again.state_dict(), small.model.state_dict())
+    assert same_state(again.state_dict(), small.model.state_dict())
 
 
 def test_each_round_takes_its_rate_of_what_is_left():
@@ -122,19 +111,19 @@ def test_a_rewind_point_lies_on_the_way_of_the_dense_network(experiment, tmp_pat
     record = run(rewinding, tmp_path / "rewound", command="test")
     assert record.stage("dense").key == whole.stage("dense").key
     assert "dense: resumed after epoch 1 of 3" in (tmp_path / "rewound/run.log").read_text()
-    assert _same(_weights(tmp_path / "whole", "dense"), _weights(tmp_path / "rewound", "dense"))
+    assert same_state(_weights(tmp_path / "whole", "dense"), _weights(tmp_path / "rewound", "dense"))
     assert record.stage("finetuned").epochs == 2  # the rest of pretrain's three
     # And the point itself is the same whether the dense network was there before or not.
     late = replace(rewinding, runtime=plain.runtime)
     run(late, tmp_path / "late", command="test")
     points = [next(Path(e.runtime.store).glob("rewind/*/model.safetensors")) for e in (rewinding, late)]
-    assert _same(load_file(points[0]), load_file(points[1]))
-    assert _same(_weights(tmp_path / "late", "finetuned"), _weights(tmp_path / "rewound", "finetuned"))
+    assert same_state(load_file(points[0]), load_file(points[1]))
+    assert same_state(_weights(tmp_path / "late", "finetuned"), _weights(tmp_path / "rewound", "finetuned"))
 
 
 @pytest.mark.parametrize("where", ["rewind_epoch=0", "rewind_epoch=1", "rewind_step=0", "rewind_step=5"])
 def test_survivors_go_back_to_what_they_were_with_their_statistics(experiment, where):
-    shop = _shop(experiment(
+    shop = workshop_of(experiment(
         "method=weight", "method.layers=all", "ratio=0.6", "rounds=2", "recipe.pretrain.epochs=2",
         "recipe.finetune.start=rewind", f"recipe.finetune.{where}",
     ))  # fmt: skip
@@ -146,7 +135,7 @@ def test_survivors_go_back_to_what_they_were_with_their_statistics(experiment, w
         begun = stages._begin(shop, cuts, "rewind")
         both = stages.selected(shop, cuts)
         expected = surgery.cut(early, both).model.state_dict()
-        assert _same({n: t.cpu() for n, t in begun.state_dict().items()}, {n: t.cpu() for n, t in expected.items()})
+        assert same_state({n: t.cpu() for n, t in begun.state_dict().items()}, {n: t.cpu() for n, t in expected.items()})
         assert any("running_mean" in name for name in expected)
         network = stages.finetune(shop, cuts, dense, "rewind")
         tuned = load(network.artifact.file("model.safetensors"))
@@ -171,10 +160,10 @@ def test_a_step_to_go_back_to_is_one_that_the_dense_network_takes(step, experime
     rewinding = experiment(*settings, f"recipe.finetune.rewind_step={step}")
     record = run(rewinding, tmp_path / "rewound", command="test")
     assert record.stage("dense").key == whole.stage("dense").key
-    assert _same(_weights(tmp_path / "whole", "dense"), _weights(tmp_path / "rewound", "dense"))
+    assert same_state(_weights(tmp_path / "whole", "dense"), _weights(tmp_path / "rewound", "dense"))
     assert ("dense: resumed after epoch 1 of 3" in (tmp_path / "rewound/run.log").read_text()) == (step >= 4)
     (point,) = Path(rewinding.runtime.store).glob("rewind/*/model.safetensors")
-    assert _same(load_file(point), passed[step])
+    assert same_state(load_file(point), passed[step])
     epochs = 3 - step // 4  # the rest of the epoch that the step lies in is one as well
     assert record.stage("finetuned").epochs == record.stage("learning_rate").epochs == epochs
     keys = {record.stage("finetuned").key}
@@ -237,7 +226,7 @@ def test_controls_stand_beside_finetuning(experiment, tmp_path):
 
 
 def test_scratch_begins_with_weights_of_its_own(experiment):
-    shop = _shop(experiment("method=fp"))
+    shop = workshop_of(experiment("method=fp"))
     dense = stages.train_dense(shop)
     cuts = [stages.prune(shop, dense, 1)]
     fresh, early, small = (stages._begin(shop, cuts, start) for start in ("scratch_e", "rewind", "trained"))
