@@ -18,9 +18,6 @@ from prune_cli.selection import select_local
 from prune_cli.settings import Ratio
 
 SHORTCUTS = ("*shortcut*", "*downsample*")
-# Of what a filter that always worked is worth behind its batch norm, and of the filters that go: above these the
-# network relied on them to the end.
-AT_WORK, SOME = 0.5, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,31 +83,8 @@ class SoftPruning(PruningMethod):
         for name, layer in self.prunable(model).layers.items():
             dead = ~layer.weight.detach().flatten(1).any(1)
             scores[name] = self.score(layer.weight.detach(), ratio).masked_fill(dead, -torch.inf)
-        masks = self._lowest(scores, ratio)
-        return masks.with_notes(*at_work_note(model, masks))
+        return self._lowest(scores, ratio)
 
     def _lowest(self, scores: dict[str, Tensor], ratio: float) -> Masks:
         # The authors round the number of filters that go, int(n * ratio): what stays is rounded up.
         return select_local(scores, dict.fromkeys(scores, ratio), self.unit, ratio, lambda kept: ceil(kept - 1e-9))
-
-
-def at_work_note(model: nn.Module, masks: Masks) -> tuple[str, ...]:
-    """A warning where filters that go were at work in the last epoch.
-
-    A batch norm divides by sqrt(variance + eps): it makes a filter that grew back from zero as loud as all others
-    while its weights are still small, and its gradients as steep. Its variance says what the last steps saw.
-    """
-    graph, loudness = ChannelGraph(model), []
-    for name, keep in masks.keep.items():
-        norm = graph.own_norm(name)
-        if norm is not None and (variance := model.get_submodule(norm).running_var) is not None:
-            loudness.append((variance / (variance + model.get_submodule(norm).eps)).sqrt()[~keep.to(variance.device)])
-    if not sum(map(len, loudness)):
-        return ()
-    share = float((torch.cat(loudness) > AT_WORK).float().mean())
-    if share < SOME:
-        return ()
-    return (
-        f"{share:.0%} of the filters that go were at work behind their batch norms in the last epoch: the network has "
-        "not learned to do without them; train longer.",
-    )

@@ -4,11 +4,18 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from prune_cli.channels import ChannelGraph
 from prune_cli.criteria import filter_norm
 from prune_cli.hooks import Progress
+from prune_cli.masks import Masks
 from prune_cli.soft import SoftPruning
+
+# Of how loud a filter that always worked is behind its batch norm, and of the filters that go: above these the
+# network relied on them to the end.
+AT_WORK, SOME = 0.5, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +27,8 @@ class SoftFilterPruning(SoftPruning):
     asymptotic  the fraction grows from 0 to `ratio` along an exponential curve, three quarters of it
                 within an eighth of the training, all of it before the half (constants of our own,
                 the authors' code was never released). On recipe=short it ends far below the constant
-                rate: see README. ASFP: He et al., "Asymptotic Soft
-                Filter Pruning for Deep Convolutional Neural Networks", IEEE Transactions on
-                Cybernetics 2019
+                rate; README says why. ASFP: He et al., "Asymptotic Soft Filter Pruning for Deep
+                Convolutional Neural Networks", IEEE Transactions on Cybernetics 2019
     """
 
     norm: Literal["l1", "l2"] = "l2"
@@ -37,3 +43,29 @@ class SoftFilterPruning(SoftPruning):
         # 1 - 4^-8t is three quarters at t = 1/8. It comes near 1 only at the end, where the last filter of
         # a layer would go after the last step, never to be trained without; so all are gone at 99 %.
         return self.ratio * min(1.0, (1 - 4 ** (-8 * progress.step / progress.steps)) / 0.99)
+
+    def prune(self, model: nn.Module, ratio: float) -> Masks:
+        masks = super().prune(model, ratio)
+        return masks.with_notes(*_warning(model, masks))
+
+
+def _warning(model: nn.Module, masks: Masks) -> tuple[str, ...]:
+    """Where filters that go were at work in the last epoch.
+
+    A batch norm divides by sqrt(variance + eps): it makes a filter that grew back from zero as loud as all others
+    while its weights are still small, and its gradients as steep. Its variance says what the last steps saw.
+    """
+    graph, loudness = ChannelGraph(model), []
+    for name, keep in masks.keep.items():
+        norm = graph.own_norm(name)
+        if norm is not None and (variance := model.get_submodule(norm).running_var) is not None:
+            loudness.append((variance / (variance + model.get_submodule(norm).eps)).sqrt()[~keep.to(variance.device)])
+    if not sum(map(len, loudness)):
+        return ()
+    share = float((torch.cat(loudness) > AT_WORK).float().mean())
+    if share < SOME:
+        return ()
+    return (
+        f"{share:.0%} of the filters that go were at work behind their batch norms in the last epoch: the network has "
+        "not learned to do without them; train longer.",
+    )
