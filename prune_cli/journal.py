@@ -80,6 +80,15 @@ class Journal:
                 if bar is not None and stage.line:  # what a terminal keeps of the stage
                     self._print(stage.line)
 
+    @contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """Shows on a terminal what takes a while, until it is done. Not around what is timed: the line moves."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with self.console.status(Text(doing)):
+            yield
+
     def replay(self, stage: str, history: Sequence[Mapping[str, float]]) -> None:
         """Log a stage that came from the store as if it had been trained now."""
         self._values(stage, history)

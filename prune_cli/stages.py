@@ -263,11 +263,12 @@ def _describe(shop: Workshop, folder: Path, model: nn.Module, evaluated: nn.Modu
     """Save the network and say what it costs and what it knows."""
     path = folder / "model.safetensors"
     save_model(path, model, shop.experiment.model, shop.splits.classes)
-    validation = shop.splits.validation
     macs = layer_macs(model, model.input_shape)
+    splits = {"accuracy": shop.splits.test, "validation": shop.splits.validation}
+    with shop.journal.busy("Classifying the held-out images"):
+        found = {name: None if split is None else accuracy(evaluated, split) for name, split in splits.items()}
     return {
-        "accuracy": accuracy(evaluated, shop.splits.test),
-        "validation": None if validation is None else accuracy(evaluated, validation),
+        **found,
         "parameters": count_parameters(model),
         "nonzero": count_nonzero(model),
         "macs": sum(macs.values()),

@@ -71,6 +71,15 @@ def test_terminal_shows_a_bar_and_keeps_one_line():
     assert text.count("dense  epoch 2/2  loss 0.5") == 1 and "dense  epoch 1/2  loss" not in text
 
 
+def test_what_takes_a_while_is_shown_until_it_is_done_on_a_terminal_only():
+    out, plain = console(terminal=True), console()
+    for shown in (out, plain):
+        with Journal(None, shown) as journal, journal.busy("Reading [many] images"):
+            pass
+    assert "Reading [many] images" in out.file.getvalue()
+    assert plain.file.getvalue() == ""
+
+
 def test_no_run_dir_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Journal(None, console()) as journal:
