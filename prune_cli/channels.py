@@ -53,7 +53,7 @@ class ChannelGraph:
     """The channel groups of a network.
 
     model.input_shape is the (C, H, W) that the network is traced with.
-    pointwise  names of the linear layers that work on maps, as 1x1 convolutions do
+    pointwise  names of the linear layers that work on the channels of maps, as 1x1 convolutions do
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,7 +81,7 @@ class ChannelGraph:
         """Why the layer's filters cannot be removed one by one, each with its channel; None = they can."""
         group = self.of(layer)
         if group is None:
-            return "the network never calls it"
+            return "the network never calls it, or without a gradient"
         if group.blocked is not None:
             return group.blocked
         others = [name for name in group.sources if name != layer]
@@ -100,11 +100,9 @@ class ChannelGraph:
         module, group = self.model.get_submodule(layer), self.of(layer)
         if group is None or group.blocked == OUTPUT:
             return self.why_not_alone(layer)
-        if layer in self.pointwise:
-            return None
-        if not isinstance(module, nn.Conv2d):
-            return "fully connected"
-        grouped = "depthwise" if block_size(module) == 1 else "a grouped convolution"
+        if isinstance(module, nn.Linear):
+            return None if layer in self.pointwise else group.blocked or "fully connected"
+        grouped = "depthwise" if module.groups == module.in_channels else "a grouped convolution"
         return grouped if module.groups > 1 else None
 
     def outputs(self, group: ChannelGroup, channels: Sequence[int]) -> dict[str, list[int]]:
@@ -165,10 +163,22 @@ class ChannelGraph:
                 norms.append(self._names[module])
         producers.sort(key=self._order.__getitem__)
         sources = tuple(name for name in producers if self._decides(name))
-        blocked = next(filter(None, reasons), None if sources else "no layer of its own writes its channels")
-        group = ChannelGroup(tuple(producers), sources, tuple(norms), len(found[0].idxs), block, blocked)
+        if not sources:
+            reasons.append("no layer of its own writes its channels")
+        width = len(found[0].idxs)
+        reasons.extend(self._in_part(name, members, width) for name in sources)
+        blocked = next(filter(None, reasons), None)
+        group = ChannelGroup(tuple(producers), sources, tuple(norms), width, block, blocked)
         self._members[group] = members
         return group
+
+    def _in_part(self, layer: str, members: list[_Member], width: int) -> str | None:
+        """Why a layer cannot lose these channels that writes some of them only, or others as well."""
+        places = [m.places for m in members if m.layer == layer and m.written]
+        channels = {channel for found in places for channel in found}
+        written = {place for found in places for own in found.values() for place in own}
+        whole = len(channels) == width and len(written) == len(self.model.get_submodule(layer).weight)
+        return None if whole else f"a sum with a concatenation, of which {layer} writes a part"
 
     def _decides(self, layer: str) -> bool:
         module = self.model.get_submodule(layer)

@@ -22,14 +22,15 @@ from prune_cli.slicing import block_size, follows
 INPUT = "its channels are those of the network's input"
 OUTPUT = "its channels are the network's output"
 
-_HANDLED = {"cat", "concat", "concatenate"}  # Torch-Pruning knows which channel comes from where
+_CONCATENATING = {"cat", "concat", "concatenate"}  # of channels, Torch-Pruning knows which comes from where
 _MIXING = {  # the shape says nothing, and a zero channel would still be felt by the others
     "roll", "flip", "layer_norm", "group_norm", "local_response_norm", "softmax", "log_softmax",
-    "channel_shuffle", "native_channel_shuffle", "cumsum", "sort",
+    "channel_shuffle", "native_channel_shuffle", "cumsum", "sort", "scaled_dot_product_attention",
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear",
+    "matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot",
 }  # fmt: skip
 _INDEXED = ("Index", "Gather", "Scatter", "Take")  # autograd nodes of what picks by a tensor of indices
 _PERMUTING = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"}
-_CHANNELS_LAST = {(0, 2, 3, 1), (0, 3, 1, 2), (0, 2, 1)}  # to the last axis and back: the channels stay what they are
 _NOT_ZERO_AT_ZERO = {"Sigmoid", "Hardsigmoid", "Softplus", "LogSigmoid", "Exp", "Cos", "Softmax", "LogSoftmax"}
 
 
@@ -45,7 +46,7 @@ class _Blocks(tp.pruner.function.DepthwiseConvPruner):
 class Trace(tp.DependencyGraph):
     """The graph of one network, traced with a blank image of `model.input_shape` (C, H, W).
 
-    pointwise  the linear layers that work on maps (N, H, W, C), as 1x1 convolutions do
+    pointwise  the linear layers that work on the channels of maps (N, H, W, C), as 1x1 convolutions do
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,20 +56,17 @@ class Trace(tp.DependencyGraph):
         self._out_channel_pruning_fn.add(self._blocks.prune_out_channels)
         self._barriers: dict[nn.Module, str] = {}
         self._watch = _Watch()
-        self.pointwise: set[nn.Module] = set()
-        hooks = [m.register_forward_hook(self._note_maps) for m in model.modules() if isinstance(m, nn.Linear)]
         like = next(model.parameters())
         # Autograd is the tracer: without a gradient, layers behind frozen weights go unseen.
         example = torch.zeros(1, *model.input_shape, device=like.device, dtype=like.dtype, requires_grad=True)
-        try:
-            with torch.enable_grad():
-                # The addition is a node after the last layer: where the network's output begins.
-                self.build_dependency(
-                    model, example, verbose=False, forward_fn=self._forward, output_transform=lambda logits: logits + 0
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.enable_grad():
+            # The addition is a node after the last layer: where the network's output begins.
+            self.build_dependency(
+                model, example, verbose=False, forward_fn=self._forward, output_transform=lambda logits: logits + 0
+            )
+        found = {m: self._watch.on_channels.get(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        self.pointwise = {layer for layer, on_channels in found.items() if on_channels}
+        self._astray = {layer for layer, on_channels in found.items() if on_channels is False}
         # Every look at a group computes the indices behind the other nodes anew, which nothing has changed.
         self.module2node = {m: node for m, node in self.module2node.items() if isinstance(m, (_ConvNd, nn.Linear))}
 
@@ -78,6 +76,10 @@ class Trace(tp.DependencyGraph):
         module, node = dep.target.module, dep.target
         if module in self._barriers:
             return self._barriers[module]
+        if module in self._astray:
+            return "a linear layer works along another axis"
+        if node.grad_fn in self._watch.hidden:
+            return "they are read without a gradient, which cannot be traced"
         if isinstance(module, tp.ops._OutputOp):
             return OUTPUT
         if isinstance(module, nn.Parameter):
@@ -115,10 +117,6 @@ class Trace(tp.DependencyGraph):
                 gradfn2module[grad_fn] = stand_in
         super()._trace_computational_graph(module2node, output, gradfn2module, reused, visited)
 
-    def _note_maps(self, layer: nn.Module, _, output: Tensor) -> None:
-        if output.ndim > 2:
-            self.pointwise.add(layer)
-
     @staticmethod
     def _gates(node: Any) -> bool:
         """Whether all that is done with the result is to multiply something else with it."""
@@ -136,24 +134,68 @@ def _name(node: Any) -> str:
 
 
 class _Watch(TorchFunctionMode):
-    """Finds the operations that move, mix or make channels: per autograd node the reason and the channels
-    that go in and come out."""
+    """Finds the operations in which channel i does not stay channel i, and where the channels are.
+
+    found        per autograd node of an operation that moves, mixes or makes channels: the reason, and the channels
+                 that go in and come out
+    hidden       autograd nodes of what is read where autograd sees nothing
+    on_channels  per weight of a linear layer on maps whether it works on their channels, wherever it is called
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[Any, tuple[str, int, int]] = {}
+        self.hidden: set[Any] = set()
+        self.on_channels: dict[Tensor, bool] = {}
+        self._last: set[Any] = set()  # autograd nodes of maps whose channels are the last axis
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.grad_fn is not None:
-            name = func.__name__.strip("_")
-            indexed = result.grad_fn.name().startswith(_INDEXED)
-            read = [t for t in _tensors(args) if t.requires_grad and not isinstance(t, nn.Parameter)]
-            order = _order(func, args, kwargs or {}) if read and name in _PERMUTING else None
-            if read and name not in _HANDLED and (indexed or not _keeps_channels(name, order, read, result)):
-                reason = f"{name} moves or mixes channels"
-                self.found[result.grad_fn] = (reason, _channels(read[0]), _channels(result))
+        kwargs, name = kwargs or {}, func.__name__.strip("_")
+        tensors = _tensors([*args, *kwargs.values()])
+        read = [t for t in tensors if t.requires_grad and not isinstance(t, nn.Parameter)]
+        axes = [t.ndim - 1 if t.grad_fn in self._last else min(1, t.ndim - 1) for t in read]  # of the channels
+        result = func(*args, **kwargs)
+        if not read:
+            return result
+        if isinstance(result, Tensor):
+            if result.requires_grad:
+                self._note(name, func, args, kwargs, read, axes, result)
+            elif not name.startswith("new_") and not name.endswith("_like"):  # these read the shape alone
+                self.hidden.update(t.grad_fn for t in read)
+        elif any(t.requires_grad for t in _tensors(result if isinstance(result, (tuple, list)) else ())):
+            # Parts of a tensor: what they are made of ends before, as a whole.
+            self.hidden.update(t.grad_fn for t in read if t is not args[0])
+            if isinstance(args[0], Tensor):
+                whole, channels = args[0] + 0, args[0].shape[axes[0]]
+                self.found[whole.grad_fn] = (f"{name} moves or mixes channels", channels, channels)
+                return func(whole, *args[1:], **kwargs)
         return result
+
+    def _note(
+        self, name: str, func: Any, args: tuple, kwargs: dict, read: list[Tensor], axes: list[int], result: Tensor
+    ) -> None:
+        """What became of the channels, which were at `axes` of what was read."""
+        last = axes[0] > 1 and result.ndim > 2
+        if name in _PERMUTING and args:
+            order = _order(func, args, kwargs)
+            axis = order.index(axes[0])
+            keeps = order[0] == 0 and axis in (1, result.ndim - 1)
+            last = keeps and axis > 1
+        elif name in _CONCATENATING:
+            keeps = _along(args, kwargs) % result.ndim == axes[0] and len(set(axes)) == 1
+        else:
+            last = last or (max(axes) > 1 and result.ndim > 2)
+            indexed = result.grad_fn.name().startswith(_INDEXED)
+            axis = result.ndim - 1 if last else 1
+            keeps = name not in _MIXING and not indexed and _keeps_channels(read, axes, result, axis)
+        if name == "linear" and read[0].ndim > 2:
+            weight = args[1]
+            self.on_channels[weight] = axes[0] == read[0].ndim - 1 and self.on_channels.get(weight, True)
+        if last:
+            self._last.add(result.grad_fn)
+        if not keeps:
+            outputs = result.shape[result.ndim - 1 if last else min(1, result.ndim - 1)] if result.ndim else 1
+            self.found[result.grad_fn] = (f"{name} moves or mixes channels", read[0].shape[axes[0]], outputs)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -164,17 +206,13 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _keeps_channels(name: str, order: tuple[int, ...] | None, read: list[Tensor], result: Tensor) -> bool:
-    """Whether channel i of the result is made of channel i of what was read, or of its pixels behind a flatten.
-    `order`: that of the axes, where the operation permutes them."""
-    if name in _MIXING:
-        return False
-    if order is not None:
-        return order in _CHANNELS_LAST or order[:2] == (0, 1)
+def _keeps_channels(read: list[Tensor], axes: list[int], result: Tensor, axis: int) -> bool:
+    """Whether the shapes say that channel i of the result, at `axis`, is made of channel i of what was read, or of
+    its pixels behind a flatten."""
     if result.ndim < 2 or any(t.ndim < 2 for t in read):
         return False
-    flattened = result.ndim == 2 and len(read) == 1 and result.shape[1] == read[0][0].numel()
-    return flattened or all(_channels(t) == _channels(result) for t in read)
+    whole = result.ndim == 2 and len(read) == 1 and axes == [1] and result.shape[1] == read[0][0].numel()
+    return whole or all(t.shape[a] == result.shape[axis] for t, a in zip(read, axes, strict=True))
 
 
 def _order(func: Any, args: tuple, kwargs: dict) -> tuple[int, ...]:
@@ -183,5 +221,6 @@ def _order(func: Any, args: tuple, kwargs: dict) -> tuple[int, ...]:
     return tuple(func(axes, *args[1:], **kwargs).shape)
 
 
-def _channels(tensor: Tensor) -> int:
-    return tensor.shape[1] if tensor.ndim > 1 else 1
+def _along(args: tuple, kwargs: dict) -> int:
+    """The axis of a concatenation."""
+    return args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))

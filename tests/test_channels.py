@@ -127,6 +127,13 @@ def test_activations_with_parameters_write_no_channels():
         ("toys.AddedToInput", {"depthwise", "mix"}, "its channels are those of the network's input"),
         ("toys.Twice", set(), ""),
         ("toys.OnMaps", {"stem", "narrow"}, "mixes channels"),
+        ("toys.Halves", {"branch"}, "chunk moves or mixes channels"),
+        ("toys.SplitAndAdded", {"branch", "part"}, "moves or mixes channels"),
+        ("toys.SumOfConcatenation", {"stem", "branch", "mix"}, "a sum with a concatenation"),
+        ("toys.AlongTheWidth", {"stem", "rows"}, "a linear layer works along another axis"),
+        ("toys.Functional", {"stem"}, "conv2d moves or mixes channels"),
+        ("toys.Unseen", {"stem"}, "without a gradient"),
+        ("toys.PixelsFirst", {"next"}, "flatten moves or mixes channels"),
     ],
 )
 def test_what_cannot_be_removed_says_why(target, blocked, reason):

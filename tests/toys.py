@@ -222,6 +222,89 @@ class OnMaps(nn.Module):
         return self.fc(torch.relu(self.next(x + y.permute(0, 3, 1, 2))).mean((2, 3)))
 
 
+class Halves(_Stages):
+    """A gated unit: one half of the channels scales the other."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__(channels, resolution, classes, width=3)
+
+    def between(self, x: Tensor) -> Tensor:
+        values, gates = self.branch(x).chunk(2, dim=1)
+        return values * torch.sigmoid(gates)
+
+
+class SplitAndAdded(_Stages):
+    """One part of a split is added to the other, transformed, and concatenated with it, as in Res2Net."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__(channels, resolution, classes)
+        self.part = nn.Conv2d(3, 3, 3, padding=1)
+
+    def between(self, x: Tensor) -> Tensor:
+        first, second = torch.split(torch.relu(self.branch(x)), 3, dim=1)
+        return torch.cat([first, torch.relu(self.part(first + second))], dim=1)
+
+
+class SumOfConcatenation(_Stages):
+    """A residual sum over a concatenation: one layer writes the channels of two others."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__(channels, resolution, classes, width=12)
+        self.mix = nn.Conv2d(12, 12, 1)
+
+    def between(self, x: Tensor) -> Tensor:
+        both = torch.cat([x, torch.relu(self.branch(x))], dim=1)
+        return torch.relu(both + self.mix(both))
+
+
+class Stacked(_Stages):
+    """A concatenation along the height: the channels stay what they are."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.cat([x, torch.relu(self.branch(x))], dim=2)
+
+
+class AlongTheWidth(_Stages):
+    """A linear layer on maps that works on their last axis, which is as long as there are channels."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__(channels, resolution, classes, width=resolution)
+        self.stem = nn.Conv2d(channels, resolution, 3, padding=1)
+        self.rows = nn.Linear(resolution, resolution)
+        self.branch = nn.Conv2d(resolution, resolution, 3, padding=1)
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.relu(self.branch(x + self.rows(x)))
+
+
+class Functional(_Stages):
+    """The weights of a layer that is never called itself."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.branch.weight, self.branch.bias, padding=1)
+
+
+class Unseen(_Stages):
+    """A gate that is computed without a gradient, where autograd shows nothing."""
+
+    def between(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = torch.sigmoid(self.branch(x))
+        return x * gate
+
+
+class PixelsFirst(nn.Module):
+    """Maps with the channels last that are flattened: a channel's pixels are not neighbours."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__()
+        self.stem, self.next = nn.Conv2d(channels, 6, 3, padding=1), nn.Conv2d(6, 5, 3, stride=2)
+        self.fc = nn.Linear(5 * ((resolution - 1) // 2) ** 2, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.next(torch.relu(self.stem(x)))).permute(0, 2, 3, 1).flatten(1))
+
+
 def network(target: str, channels: int = 3, resolution: int = 8, classes: int = 4, **arguments) -> nn.Module:
     """A network of tests or of prune_cli.models, every constant of it random, in evaluation mode."""
     torch.manual_seed(0)
