@@ -59,10 +59,13 @@ def build(config: Mapping[str, Any]) -> "Experiment":
     from prune_cli.experiment import Experiment
     from prune_cli.method import PruningMethod
 
+    made = _made("method", method, PruningMethod, method.arguments)
+    if made.needs_ratio and made.ratio != tree.ratio:
+        raise UserError(f"method.ratio={made.ratio:g}: is the run's ratio, {tree.ratio:g}; set ratio instead")
     return Experiment(
         model=_model(model),
         dataset=_made("dataset", dataset, Dataset, {"name": dataset.name, **dataset.arguments}),
-        method=_made("method", method, PruningMethod, method.arguments),
+        method=made,
         method_name=method.name,
         recipe=tree.recipe,
         ratio=tree.ratio,

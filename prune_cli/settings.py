@@ -219,7 +219,8 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         return _checked_union(value, arguments, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}={shown(value)}: must be a list, for example [0.5,0.75]")
+            example = "[conv1,layer1.*]" if arguments[0] is str else "[0.5,0.75]"
+            raise UserError(f"{where}={shown(value)}: must be a list, for example {example}")
         return tuple(checked(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):

@@ -29,10 +29,10 @@ HALF = {"features.conv1": 0.5, "features.conv[89]": 0.5, "features.conv1[0-3]": 
 METHOD = NeuronMerging(ratios=HALF)
 
 
-def network() -> VGG:
-    """VGG-16 with two classifier layers, nothing of its batch norms left as it is initialised."""
+def network(width: float = 1.0) -> VGG:
+    """VGG-16, or one with `width` times its channels, with two classifier layers, nothing of its batch norms left as it is initialised."""
     torch.manual_seed(0)
-    model = VGG(3, 32, 10, depth=16, classifier="double").eval()
+    model = VGG(3, 32, 10, depth=16, width=width, classifier="double").eval()
     model.input_shape = (3, 32, 32)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -54,6 +54,7 @@ def by_loop(model: VGG, masks: Masks) -> VGG:
         folded = merged.get_submodule(reader).weight.data
         for pruned, kept, scale in _merges(model.get_submodule(name).weight, norm, masks.keep[name]):
             folded[:, kept] += scale * model.get_submodule(reader).weight.data[:, pruned]
+            folded[:, pruned] = 0  # a constant of the pruned filter has no part in it any more
     return merged
 
 
@@ -85,6 +86,13 @@ def _merges(weight: Tensor, norm: nn.BatchNorm2d, keep: Tensor):
             yield i, kept[best], scales[best]
 
 
+def check(model: VGG, masks: Masks) -> None:
+    """Raises AssertionError: the two do not make the same network."""
+    ours, loop = METHOD.compensate(model, masks), by_loop(model, masks)
+    for (name, found), expected in zip(ours.state_dict().items(), loop.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
 def seconds(work: Callable[[], nn.Module]) -> float:
     began = time.perf_counter()
     work()
@@ -98,10 +106,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model = network()
     masks = METHOD.prune(model, 0.0)
+    check(model, masks)
     ways = {"ours": lambda: METHOD.compensate(model, masks), "loop": lambda: by_loop(model, masks)}
-    ours, loop = (way() for way in ways.values())
-    for (name, found), expected in zip(ours.state_dict().items(), loop.state_dict().values(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
     turns = [{name: seconds(way) for name, way in ways.items()} for _ in range(arguments.turns)]
     ratios = [turn["loop"] / turn["ours"] for turn in turns]
     result = {

@@ -50,6 +50,7 @@ REFUSED = [
     (("method=stripe", *custom("test_bad_input.Pointwise")), "1x1"),
     (("method=stripe", "model=lenet_300_100"), "fully connected"),
     (("method=sfp", "model=lenet_300_100"), "nothing that it could prune; fc1 and 1 more: fully connected"),
+    (("method=sfp", "method.ratio=0.3", "ratio=0.5", *custom("tiny.TinyVGG")), "method.ratio=0.3: is the run's ratio, 0.5"),
     (("method=neuron_merging", *custom("test_bad_input.TwoNorms")), "nothing to merge into"),
     (("method=fp", *custom("test_bad_input.OneLayer")), "nothing"),
     (("method=weight", "target=macs", *custom("tiny.TinyVGG")), "target=macs: single weights at zero"),

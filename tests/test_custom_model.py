@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import prune_cli
 from prune_cli.build import build
@@ -84,6 +85,15 @@ def test_a_wrong_argument_is_a_sentence(my_net, compose, override, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         build(compose("model=custom", "model.target=my_net.MyNet", override))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_others_make_cannot_be_pruned(norm):
+    def built(channels: int, classes: int) -> nn.Module:
+        return nn.Sequential(norm(nn.Conv2d(channels, 4, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+    with pytest.raises(UserError, match="the weight of 0 is computed from other parameters"):
+        ModelSpec("custom", "own.net")._check(built(3, 5), 3, 8, 5)
 
 
 def test_arguments_of_other_models_stay_where_they_are(compose):

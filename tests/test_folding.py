@@ -13,7 +13,7 @@ from torch import nn
 
 from prune_cli import load, stages, surgery
 from prune_cli.build import build
-from prune_cli.commands.plan import lines
+from prune_cli.commands.plan import plan_of
 from prune_cli.errors import StageError, UserError
 from prune_cli.masks import Masks
 from prune_cli.models.spec import ModelSpec
@@ -241,7 +241,7 @@ def test_a_plan_verifies_the_method_s_choice(compose, monkeypatch):
     seen = []
     cut = surgery.masked_and_cut
     monkeypatch.setattr(surgery, "masked_and_cut", lambda *a: seen.append(a[2]) or cut(*a))
-    plans = [lines(build(compose("method=fp", "model=lenet5", f"method.constant={c}"))) for c in ("drop", "fold")]
+    plans = [plan_of(build(compose("method=fp", "model=lenet5", f"method.constant={c}"))) for c in ("drop", "fold")]
     assert seen == ["drop", "fold"] and plans[0] == plans[1]
 
 

@@ -1,5 +1,8 @@
 """Neuron merging: what a removed filter contributed lives on in the kept one it is a multiple of."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import TinyResNet, TinyVGG, randomise
@@ -211,3 +214,25 @@ def test_one_kept_filter_and_equal_distances_divide_nothing_by_zero():
     method = NeuronMerging(threshold=0.0)
     masks = method.prune(model, 0.95)
     assert all(p.isfinite().all() for p in method.compensate(model, masks).parameters())
+
+
+def test_the_loop_that_ours_is_timed_against_makes_the_same_network():
+    script = Path(__file__).resolve().parents[1] / "scripts/benchmark_merging.py"
+    spec = importlib.util.spec_from_file_location("benchmark_merging", script)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    model = benchmark.network(width=0.125)
+    masks = benchmark.METHOD.prune(model, 0.0)
+    assert masks.obtained > 0.2
+    benchmark.check(model, masks)
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8), nn.BatchNorm2d(8, track_running_stats=False)])
+def test_nothing_merges_behind_a_norm_that_has_no_statistics(norm):
+    model = network("tiny.TinyResNet")
+    model.stem[1] = norm
+    method = NeuronMerging(threshold=-1.0)
+    masks = method.prune(model, 0.5)
+    merged = method.compensate(model, masks)
+    assert torch.equal(merged.block1.conv1.weight, model.block1.conv1.weight)
+    assert not torch.equal(merged.block1.conv2.weight, model.block1.conv2.weight)

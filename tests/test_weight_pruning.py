@@ -47,6 +47,21 @@ def test_linear_layers_by_option_and_where_there_is_nothing_else():
     assert set(WeightPruning().prune(model, 0.5).keep) == {"fc1", "fc2", "fc3"}
 
 
+def test_the_last_layer_is_the_one_that_is_called_last():
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 4)
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.input_shape = (3, 6, 6)
+
+        def forward(self, x):
+            return self.head(self.conv(x).mean((2, 3)))
+
+    keep = WeightPruning(layers="all", scope="local", last_rate=0.5).prune(HeadFirst(), 0.5).keep
+    assert {name: float((~k).float().mean()) for name, k in keep.items()} == {"head": 0.25, "conv": 0.5}
+
+
 def test_the_last_layer_at_half_rate():
     model = network(f"{LENET}.LeNet300100", channels=1)
     masks = WeightPruning(scope="local", last_rate=0.5).prune(model, 0.5)

@@ -2,7 +2,7 @@
 
 The network is the untrained one, so which filters go is not what training will say; how many go, what
 that saves, and what stays whole for which reason depends on shapes alone, except where layers compete
-in one global ranking.
+in one global ranking; of a ranking that sparse training has yet to make the plan says so.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,14 @@ def main(arguments: Sequence[str]) -> int:
     experiment = build(composed(arguments))
     if experiment.base is not None:
         raise UserError(f"base={experiment.base}: a plan is made of the untrained network, it has no base")
-    show(lines(experiment), experiment)
+    show(plan_of(experiment), experiment)
     return 0
+
+
+UNDECIDED = (
+    "All layers compete in one ranking, which sparse training has yet to make: how much each of them loses, and "
+    "what that saves, is not known before.",
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,18 @@ class Line:
     reason: str
 
 
-def lines(experiment) -> list[Line]:
-    """The plan of an experiment: one line per convolution and linear layer, the last for the whole network."""
+@dataclass(frozen=True)
+class Plan:
+    """`lines`: one per convolution and linear layer, the last for the whole network; `obtained`: the fraction
+    of the target that goes, None where it is the units; `notes`: sentences a user should read."""
+
+    lines: list[Line]
+    obtained: float | None
+    notes: tuple[str, ...]
+
+
+def plan_of(experiment) -> Plan:
+    """What the experiment would remove."""
     from prune_cli import surgery
     from prune_cli.budget import Budget
     from prune_cli.channels import ChannelGraph
@@ -85,10 +101,15 @@ def lines(experiment) -> list[Line]:
         )  # fmt: skip
     parameters = count_parameters(dense), count_parameters(small.model)
     units = (masks.total - sum(int(keep.sum()) for keep in masks.keep.values()), masks.total)
-    return [*found, Line("network", "", "", units, parameters, (sum(before.values()), sum(after.values())), "")]
+    whole = Line("network", "", "", units, parameters, (sum(before.values()), sum(after.values())), "")
+    notes = masks.notes
+    if method.start is not None:  # what the ranking warns of is for training to say
+        notes = UNDECIDED if method.scope == "global" else ()
+    obtained = None if budget.target == "units" else budget.removed(small)
+    return Plan([*found, whole], obtained, notes)
 
 
-def show(plan: list[Line], experiment) -> None:
+def show(plan: Plan, experiment) -> None:
     """Print the lines, and what they come to."""
     from rich import box
     from rich.console import Console
@@ -101,21 +122,27 @@ def show(plan: list[Line], experiment) -> None:
     for header in (f"{experiment.method.unit}s that go", "params", "MACs"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("stays whole because", no_wrap=True)
-    for line in plan:
-        if line is plan[-1]:
+    whole = plan.lines[-1]
+    for line in plan.lines:
+        if line is whole:
             table.add_section()
         units = "" if line.units is None else f"{line.units[0]:,} of {line.units[1]:,}"
         changes = _change(line.parameters), _change(line.macs)
         table.add_row(line.layer, line.shape, line.group, units, *changes, line.reason)
     console.width = max(console.width, Measurement.get(console, console.options.update(width=500), table).maximum)
     console.print(table)
-    whole = plan[-1]
     units = 100 * whole.units[0] / whole.units[1]
     parameters, macs = (100 * (1 - left / dense) for dense, left in (whole.parameters, whole.macs))
+    obtained = "" if plan.obtained is None else f", obtained {100 * plan.obtained:.2f}%"
+    smaller = f"{parameters:.2f}% of the parameters and {macs:.2f}% of the MACs"
+    if experiment.method.unit == "weight":
+        smaller = f"to zero, which makes the tensors {parameters:.2f}% and the MACs {macs:.2f}% smaller"
     print(
-        f"{units:.2f}% of the {experiment.method.unit}s go, {parameters:.2f}% of the parameters and {macs:.2f}% of "
-        f"the MACs; requested {100 * experiment.ratio:.2f}% of the {experiment.target}."
+        f"{units:.2f}% of the {experiment.method.unit}s go, {smaller}; "
+        f"requested {100 * experiment.ratio:.2f}% of the {experiment.target}{obtained}."
     )
+    for note in plan.notes:
+        print(note)
 
 
 def _shape(weight) -> str:

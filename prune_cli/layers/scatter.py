@@ -34,7 +34,7 @@ class ScatterChannels(nn.Module):
         return wide.index_copy_(1, self.channels, x).movedim(1, self.axis)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}"
+        return f"{self.in_channels}, {self.out_channels}" + (f", axis={self.axis}" if self.axis != 1 else "")
 
 
 def scattered(layer: nn.Module, channels: Tensor, out_channels: int) -> nn.Sequential:

@@ -119,11 +119,11 @@ class _Norm:
 
 
 def _norms_between(graph: ChannelGraph, layer: str, reader: str) -> tuple[str, ...] | None:
-    """The batch norm on the way from the layer to one that reads it, none or one; None where there are
-    several, or several ways, so that no filter is a multiple of another behind them."""
-    ways = graph.ways(layer).get(reader, set())
-    [norms] = ways if len(ways) == 1 else [None]
-    return norms if norms is not None and len(norms) < 2 else None
+    """The batch norm on the way from the layer to one that reads it, none or one; None where no filter is a multiple
+    of another behind what lies between: several norms, several ways, or a norm without statistics of its own."""
+    norms, *others = graph.ways(layer).get(reader, set()) or [("", "")]
+    known = (graph.model.get_submodule(norm).running_mean is not None for norm in norms)
+    return None if others or len(norms) > 1 or not all(known) else norms
 
 
 def _with_bias(layer: nn.Module) -> Tensor:

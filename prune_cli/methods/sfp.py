@@ -60,9 +60,8 @@ def _warning(model: nn.Module, masks: Masks) -> tuple[str, ...]:
         norm = graph.own_norm(name)
         if norm is not None and (variance := model.get_submodule(norm).running_var) is not None:
             loudness.append((variance / (variance + model.get_submodule(norm).eps)).sqrt()[~keep.to(variance.device)])
-    if not sum(map(len, loudness)):
-        return ()
-    share = float((torch.cat(loudness) > AT_WORK).float().mean())
+    at_work = sum(int((loud > AT_WORK).sum()) for loud in loudness)
+    share = at_work / max(1, sum(int((~keep).sum()) for keep in masks.keep.values()))
     if share < SOME:
         return ()
     return (

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from prune_cli.errors import UserError
+from prune_cli.evaluation import blank_image, observe
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
 from prune_cli.prunable import Skip, weighted
@@ -53,9 +54,16 @@ class WeightPruning(PruningMethod):
             gone = torch.cat([s.flatten() == 0 for s in scores.values()])
             return select_global(scores, of_all(ratio, gone), self.unit)
         rates = dict.fromkeys(scores, ratio)
-        if (last := list(weighted(model))[-1]) in rates:
+        if self.last_rate != 1 and (last := _last(model)) in rates:
             rates[last] *= self.last_rate
         ratios = {name: of_all(rates[name], s == 0) for name, s in scores.items()}
         sizes = {name: s.numel() for name, s in scores.items()}
         requested = sum(ratios[name] * size for name, size in sizes.items()) / sum(sizes.values())
         return select_local(scores, ratios, self.unit, requested)
+
+
+def _last(model: nn.Module) -> str:
+    """The convolution or linear layer that is called last, wherever the network has defined it."""
+    names, called = {layer: name for name, layer in weighted(model).items()}, []
+    observe(model, blank_image(model, model.input_shape), names, lambda layer, inputs, output: called.append(layer))
+    return names[called[-1]]

@@ -49,6 +49,12 @@ class ModelSpec:
         where = f"model.target={self.target}"
         if not isinstance(model, nn.Module):
             raise UserError(f"{where}: makes a {type(model).__name__}, must make a torch.nn.Module")
+        for name, layer in model.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and "weight" not in dict(layer.named_parameters(recurse=False)):
+                raise UserError(
+                    f"{where}: the weight of {name} is computed from other parameters (weight_norm or the like), so it "
+                    "cannot be pruned; make it an ordinary one, as torch.nn.utils.parametrize.remove_parametrizations does"
+                )
         images = torch.zeros(2, channels, resolution, resolution)
         try:
             with torch.no_grad(), evaluating(model):
