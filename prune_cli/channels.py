@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -19,6 +20,11 @@ class _Member:
     layer: str
     written: bool
     places: dict[int, list[int]]
+
+    @cached_property
+    def everywhere(self) -> list[int]:
+        """The places of all channels, in the channels' order: asked for again and again."""
+        return [place for channel in sorted(self.places) for place in self.places[channel]]
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,13 @@ class ChannelGraph:
 
     def _places(self, group: ChannelGroup, channels: Sequence[int], written: bool) -> Iterator[tuple[str, list[int]]]:
         for member in self._members[group]:
-            places = [place for channel in channels for place in member.places.get(channel, ())]
-            if member.written == written and places:
+            if member.written != written:
+                continue
+            if channels == range(group.width):
+                places = member.everywhere
+            else:
+                places = [place for channel in channels for place in member.places.get(channel, ())]
+            if places:
                 yield member.layer, places
 
     def own_norm(self, layer: str) -> str | None:

@@ -71,7 +71,7 @@ class NeuronMerging(FilterMethod):
         """Filters i, the kept filters j that they merge into, and the scales S: three (M,)."""
         removed, kept = (~keep).nonzero().flatten(), keep.nonzero().flatten()
         weights = _with_bias(layer)
-        norms = torch.linalg.vector_norm(weights, dim=1, dtype=torch.float64).clamp_min(1e-30)
+        norms = torch.linalg.vector_norm(weights, dim=1).double().clamp_min(1e-30)
         cosine = (weights[removed] @ weights[kept].T) / (norms[removed].unsqueeze(1) * norms[kept])
         scale = norms[removed].unsqueeze(1) / norms[kept]
         best = cosine
