@@ -53,6 +53,18 @@ def test_every_row_composes_and_builds(table, composer):
         assert experiment.reference.row == name and experiment.reference.paper == table.rows[name].paper
 
 
+@pytest.mark.parametrize("name", ["fpgm/cifar10", "fpgm/imagenet"])
+def test_from_the_trained_network_fpgm_takes_a_tenth_of_the_learning_rate(name, composer):
+    (table,) = (table for table in TABLES if table.name == name)
+    rows, starts = Rows(composer, table, [composer.parse(f"experiment={name}")]), set()
+    for row in rows.names:
+        experiment = build(composer.compose(rows.job(row, [f"experiment={name}"])))
+        tenth = 0.1 if experiment.method.start == "dense" else 1
+        assert experiment.recipe.sparsify.lr == pytest.approx(tenth * experiment.recipe.pretrain.lr), row
+        starts.add(experiment.method.start)
+    assert starts == {"init", "dense"}
+
+
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_a_row_of_every_experiment_runs(table, run):
     row = next(iter(table.rows))

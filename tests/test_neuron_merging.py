@@ -236,3 +236,14 @@ def test_nothing_merges_behind_a_norm_that_has_no_statistics(norm):
     merged = method.compensate(model, masks)
     assert torch.equal(merged.block1.conv1.weight, model.block1.conv1.weight)
     assert not torch.equal(merged.block1.conv2.weight, model.block1.conv2.weight)
+
+
+def test_filters_of_a_residual_sum_go_together_and_merge_into_nothing():
+    """A sum is no multiple of one of its filters: only what is written inside the blocks merges."""
+    model = network("tiny.TinyResNet")
+    method = NeuronMerging(coupled="joint", threshold=-1.0)
+    masks = method.prune(model, 0.5)
+    assert not masks.keep["block1.conv2"].all()
+    merged = method.compensate(model, masks)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, merged.get_parameter(n))}
+    assert changed == {"block1.conv2.weight", "block2.conv2.weight"}

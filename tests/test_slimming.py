@@ -56,6 +56,10 @@ def test_one_threshold_for_the_network_and_not_one_filter_more(ratio):
     assert removed.max() <= kept.min()
 
 
+def test_sparse_training_starts_from_scratch():
+    assert NetworkSlimming().start == "init"
+
+
 def test_the_sign_of_a_scale_does_not_count():
     model = network("tiny.TinyVGG")
     masks = NetworkSlimming().prune(model, 0.5)

@@ -75,6 +75,7 @@ def test_the_stream_the_stem_and_the_last_convolutions_stay_whole():
     assert block.conv2.out_channels == block.bn3.num_features == block.conv3.in_channels < 32
     assert block.bn1.layer.num_features == block.conv1.in_channels == int(masks.keep["layer2.0.bn1"].sum())
     assert block.shortcut.in_channels == 64  # reads the stream beside the norm
+    assert not list(block.bn1.select.parameters())  # a selection costs none
     assert small.bn.layer.num_features == small.fc.in_features
 
 
