@@ -151,8 +151,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, func.__name__.strip("_")
-        tensors = _tensors([*args, *kwargs.values()])
-        read = [t for t in tensors if t.requires_grad and not isinstance(t, nn.Parameter)]
+        read = [t for t in _tensors([*args, *kwargs.values()]) if t.grad_fn is not None]  # not parameters
         axes = [t.ndim - 1 if t.grad_fn in self._last else min(1, t.ndim - 1) for t in read]  # of the channels
         result = func(*args, **kwargs)
         if not read:
@@ -163,19 +162,14 @@ class _Watch(TorchFunctionMode):
             elif not name.startswith("new_") and not name.endswith("_like"):  # these read the shape alone
                 self.hidden.update(t.grad_fn for t in read)
         elif any(t.requires_grad for t in _tensors(result if isinstance(result, (tuple, list)) else ())):
-            # Parts of a tensor: what they are made of ends before, as a whole.
-            self.hidden.update(t.grad_fn for t in read if t is not args[0])
-            if isinstance(args[0], Tensor):
-                whole, channels = args[0] + 0, args[0].shape[axes[0]]
-                self.found[whole.grad_fn] = (f"{name} moves or mixes channels", channels, channels)
-                return func(whole, *args[1:], **kwargs)
+            return self._in_parts(name, func, args, kwargs, read, axes)
         return result
 
     def _note(
         self, name: str, func: Any, args: tuple, kwargs: dict, read: list[Tensor], axes: list[int], result: Tensor
     ) -> None:
         """What became of the channels, which were at `axes` of what was read."""
-        last = axes[0] > 1 and result.ndim > 2
+        last = max(axes) > 1 and result.ndim > 2
         if name in _PERMUTING and args:
             order = _order(func, args, kwargs)
             axis = order.index(axes[0])
@@ -184,7 +178,6 @@ class _Watch(TorchFunctionMode):
         elif name in _CONCATENATING:
             keeps = _along(args, kwargs) % result.ndim == axes[0] and len(set(axes)) == 1
         else:
-            last = last or (max(axes) > 1 and result.ndim > 2)
             indexed = result.grad_fn.name().startswith(_INDEXED)
             axis = result.ndim - 1 if last else 1
             keeps = name not in _MIXING and not indexed and _keeps_channels(read, axes, result, axis)
@@ -194,8 +187,27 @@ class _Watch(TorchFunctionMode):
         if last:
             self._last.add(result.grad_fn)
         if not keeps:
-            outputs = result.shape[result.ndim - 1 if last else min(1, result.ndim - 1)] if result.ndim else 1
-            self.found[result.grad_fn] = (f"{name} moves or mixes channels", read[0].shape[axes[0]], outputs)
+            self._bar(name, result, _size(read[0], axes[0]), _size(result, result.ndim - 1 if last else 1))
+
+    def _in_parts(
+        self, name: str, func: Any, args: tuple, kwargs: dict, read: list[Tensor], axes: list[int]
+    ) -> tuple[Tensor, ...] | list[Tensor]:
+        """The parts that an operation makes of a tensor, whose channels end before it."""
+        if not args or read[0] is not args[0]:
+            self.hidden.update(t.grad_fn for t in read)
+            return func(*args, **kwargs)
+        self.hidden.update(t.grad_fn for t in read[1:])
+        whole, channels = read[0] + 0, _size(read[0], axes[0])
+        self._bar(name, whole, channels, channels)
+        return func(whole, *args[1:], **kwargs)
+
+    def _bar(self, name: str, result: Tensor, inputs: int, outputs: int) -> None:
+        self.found[result.grad_fn] = (f"{name} moves or mixes channels", inputs, outputs)
+
+
+def _size(tensor: Tensor, axis: int) -> int:
+    """Number of channels; what is not a batch of anything has one."""
+    return tensor.shape[axis] if tensor.ndim > 1 else 1
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -49,6 +49,7 @@ NETWORKS = {
     "along the width": ("toys.AlongTheWidth", {}),
     "functional": ("toys.Functional", {}),
     "unseen": ("toys.Unseen", {}),
+    "tempered": ("toys.Tempered", {}),
     "pixels first": ("toys.PixelsFirst", {}),
     "tiny VGG": ("tiny.TinyVGG", {}),
     "tiny ResNet": ("tiny.TinyResNet", {}),

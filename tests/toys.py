@@ -284,6 +284,18 @@ class Functional(_Stages):
         return F.conv2d(x, self.branch.weight, self.branch.bias, padding=1)
 
 
+class Tempered(_Stages):
+    """A scalar of its own making times the maps, then parts that are asked for by name."""
+
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+        super().__init__(channels, resolution, classes)
+        self.temperature = nn.Parameter(torch.zeros(()))
+
+    def between(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.temperature) * self.branch(x)
+        return torch.cat(torch.split(tensor=x, split_size_or_sections=3, dim=1), dim=1)
+
+
 class Unseen(_Stages):
     """A gate that is computed without a gradient, where autograd shows nothing."""
 
