@@ -94,8 +94,7 @@ class ChannelGraph:
         others = f"{others[0]} and {len(others) - 1} more" if len(others) > 2 else " and ".join(others)
         if layer not in group.sources:
             module = self.model.get_submodule(layer)
-            grouped = "depthwise" if block_size(module) == 1 else "a grouped convolution"
-            return f"{grouped if follows(module) else 'a gate'}: its channels go with those of {others}"
+            return f"{_kind(module) if follows(module) else 'a gate'}: its channels go with those of {others}"
         if group.block > 1:
             return f"a grouped convolution reads its channels in blocks of {group.block}"
         return f"a residual sum shares its channels with {others}" if others else None
@@ -108,8 +107,7 @@ class ChannelGraph:
             return self.why_not_alone(layer)
         if isinstance(module, nn.Linear):
             return None if layer in self.pointwise else group.blocked or "fully connected"
-        grouped = "depthwise" if module.groups == module.in_channels else "a grouped convolution"
-        return grouped if module.groups > 1 else None
+        return _kind(module) if module.groups > 1 else None
 
     def outputs(self, group: ChannelGroup, channels: Sequence[int]) -> dict[str, list[int]]:
         """The output channels of every producer and norm that are these `channels` of the group."""
@@ -194,6 +192,11 @@ class ChannelGraph:
     def _decides(self, layer: str) -> bool:
         module = self.model.get_submodule(layer)
         return not follows(module) and not self._trace.is_gate(module)
+
+
+def _kind(convolution: nn.Conv2d) -> str:
+    """What one with several groups is called."""
+    return "depthwise" if convolution.groups == convolution.in_channels else "a grouped convolution"
 
 
 def united(parts: Iterable[dict[str, list[int]]]) -> dict[str, list[int]]:

@@ -30,7 +30,8 @@ METHOD = NeuronMerging(ratios=HALF)
 
 
 def network(width: float = 1.0) -> VGG:
-    """VGG-16, or one with `width` times its channels, with two classifier layers, nothing of its batch norms left as it is initialised."""
+    """VGG-16 with `width` times its channels and two classifier layers, nothing of its batch norms left as it is
+    initialised."""
     torch.manual_seed(0)
     model = VGG(3, 32, 10, depth=16, width=width, classifier="double").eval()
     model.input_shape = (3, 32, 32)

@@ -1,21 +1,16 @@
 """The script for a GPU goes through all its steps; what it would measure here means nothing."""
 
-import importlib.util
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
+from programs import load_script
 
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("gpu_checks", ROOT / "scripts/gpu_checks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu_checks")
 
 
 def test_every_step_leaves_its_result(script, monkeypatch, tmp_path):

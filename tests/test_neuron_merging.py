@@ -1,10 +1,8 @@
 """Neuron merging: what a removed filter contributed lives on in the kept one it is a multiple of."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from programs import load_script
 from tiny import TinyResNet, TinyVGG, randomise
 from toys import network
 from torch import nn
@@ -217,10 +215,7 @@ def test_one_kept_filter_and_equal_distances_divide_nothing_by_zero():
 
 
 def test_the_loop_that_ours_is_timed_against_makes_the_same_network():
-    script = Path(__file__).resolve().parents[1] / "scripts/benchmark_merging.py"
-    spec = importlib.util.spec_from_file_location("benchmark_merging", script)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = load_script("benchmark_merging")
     model = benchmark.network(width=0.125)
     masks = benchmark.METHOD.prune(model, 0.0)
     assert masks.obtained > 0.2

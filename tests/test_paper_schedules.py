@@ -1,20 +1,16 @@
 """The script that runs the papers' schedules: its jobs can be given as they stand, and it stops and goes on."""
 
-import importlib.util
 import json
 import tarfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from programs import load_script
 
 from prune_cli.build import build
 
-ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("paper_schedules", ROOT / "scripts/paper_schedules.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+script = load_script("paper_schedules")
 
 
 @pytest.mark.parametrize("job", script.JOBS)

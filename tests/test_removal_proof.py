@@ -1,20 +1,14 @@
 """A small version of scripts/prove_removal.py: depthwise convolutions with gates and residual sums, a shuffle."""
 
 import csv
-import importlib.util
-from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts/prove_removal.py"
+from programs import load_script
 
 
 @pytest.fixture(scope="module")
 def proof():
-    spec = importlib.util.spec_from_file_location("prove_removal", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("prove_removal")
 
 
 def test_methods_are_found_by_their_unit(proof):

@@ -24,6 +24,12 @@ stays whole the reason.
 """
 
 
+UNDECIDED = (
+    "All layers compete in one ranking, which sparse training has yet to make: how much each of them loses, and "
+    "what that saves, is not known before."
+)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run `prune-cli plan ARGUMENTS` and return the exit code. Raises UserError as a run would."""
     if {"-h", "--help"} & set(arguments):
@@ -34,12 +40,6 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"base={experiment.base}: a plan is made of the untrained network, it has no base")
     show(plan_of(experiment), experiment)
     return 0
-
-
-UNDECIDED = (
-    "All layers compete in one ranking, which sparse training has yet to make: how much each of them loses, and "
-    "what that saves, is not known before.",
-)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def plan_of(experiment) -> Plan:
     whole = Line("network", "", "", units, parameters, (sum(before.values()), sum(after.values())), "")
     notes = masks.notes
     if method.start is not None:  # what the ranking warns of is for training to say
-        notes = UNDECIDED if method.scope == "global" else ()
+        notes = (UNDECIDED,) if method.scope == "global" else ()
     obtained = None if budget.target == "units" else budget.removed(small)
     return Plan([*found, whole], obtained, notes)
 

@@ -4,8 +4,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli.channels import ChannelGraph
 from prune_cli.criteria import filter_norm
@@ -55,6 +55,9 @@ def _warning(model: nn.Module, masks: Masks) -> tuple[str, ...]:
     A batch norm divides by sqrt(variance + eps): it makes a filter that grew back from zero as loud as all others
     while its weights are still small, and its gradients as steep. Its variance says what the last steps saw.
     """
+    seen = (m.num_batches_tracked for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats)
+    if not any(seen):  # untrained: a search for the rate asks often, and tracing takes its time
+        return ()
     graph, loudness = ChannelGraph(model), []
     for name, keep in masks.keep.items():
         norm = graph.own_norm(name)
