@@ -7,7 +7,6 @@ import pytest
 from programs import load_script
 
 
-
 @pytest.fixture(scope="module")
 def script():
     return load_script("gpu_checks")
