@@ -1,6 +1,6 @@
 """Which layers share channels: what goes together when a channel is removed."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli.evaluation import evaluating
+from prune_cli.modules import fixed
 from prune_cli.slicing import block_size, follows
 from prune_cli.tracing import OUTPUT, Trace, writes
 
@@ -58,12 +59,13 @@ class ChannelGroup:
 class ChannelGraph:
     """The channel groups of a network.
 
-    model.input_shape is the (C, H, W) that the network is traced with.
+    model.input_shape is the (C, H, W) that the network is traced with; `indispensable` are reasons why channels
+    cannot be removed that tracing does not see, by the layers that write them.
     pointwise  names of the linear layers that work on the channels of maps, as 1x1 convolutions do
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, indispensable: Mapping[tuple[str, ...], str] | None = None) -> None:
+        self.model, self._indispensable, self._fixed = model, indispensable or {}, fixed(model)
         with evaluating(model):
             self._trace = Trace(model)
         self._names = {module: name for name, module in model.named_modules()}
@@ -103,6 +105,8 @@ class ChannelGraph:
         """Why the layer's filters cannot be removed where other layers go on writing their channels; None = they
         can, and what is left is put back at its places."""
         module, group = self.model.get_submodule(layer), self.of(layer)
+        if layer in self._fixed:
+            return self._fixed[layer]
         if group is None or group.blocked == OUTPUT:
             return self.why_not_alone(layer)
         if isinstance(module, nn.Linear):
@@ -176,6 +180,9 @@ class ChannelGraph:
             reasons.append("no layer of its own writes its channels")
         width = len(found[0].idxs)
         reasons.extend(self._in_part(name, members, width) for name in sources)
+        reasons.extend(self._constant(member) for member in members)
+        reasons.extend(f"{m.layer} {self._fixed[m.layer]}" for m in members if m.layer in self._fixed)
+        reasons.append(self._indispensable.get(tuple(producers)))
         blocked = next(filter(None, reasons), None)
         group = ChannelGroup(tuple(producers), sources, tuple(norms), width, block, blocked)
         self._members[group] = members
@@ -188,6 +195,11 @@ class ChannelGraph:
         written = {place for found in places for own in found.values() for place in own}
         whole = len(channels) == width and len(written) == len(self.model.get_submodule(layer).weight)
         return None if whole else f"a sum with a concatenation, of which {layer} writes a part"
+
+    def _constant(self, member: _Member) -> str | None:
+        """Why a layer that reads the channels would feel that they are gone: what comes of a zero is no zero."""
+        module = self.model.get_submodule(member.layer)
+        return None if member.written or not writes(module) else self._trace.constant(module, member.everywhere)
 
     def _decides(self, layer: str) -> bool:
         module = self.model.get_submodule(layer)

@@ -21,6 +21,7 @@ from prune_cli.layers.scatter import ScatterChannels, scattered
 from prune_cli.layers.select import SelectChannels, selected
 from prune_cli.layers.stripe import StripeConv2d
 from prune_cli.models.spec import ModelSpec
+from prune_cli.modules import replace_module
 
 FORMAT = "prune-cli/1"
 # What says how wide a layer is, besides its tensors.
@@ -52,8 +53,13 @@ def save_model(path: Path, model: nn.Module, spec: ModelSpec, classes: int) -> N
         "scatters": scatters,
         "selections": selections,
     }
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, path, metadata={"prune_cli": json.dumps(header)})
+    save_file(tensors_of(model), path, metadata={"prune_cli": json.dumps(header)})
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the network as it is written: a tensor that has several names under the first of them."""
+    first = {tensor: name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    return {name: t.detach().cpu().contiguous().clone() for t, name in reversed(first.items())}
 
 
 def load_model(path: Path | str) -> nn.Module:
@@ -102,7 +108,7 @@ def _rebuilt(header: dict, tensors: dict[str, Tensor]) -> nn.Module:
     for name in sorted([*scatters, *selections], key=len):  # the outer one first
         wrap, kind, widths = (scattered, "scatter", scatters) if name in scatters else (selected, "select", selections)
         channels = tensors[f"{name}.{kind}.channels"]
-        model.set_submodule(name, wrap(model.get_submodule(name), channels, widths[name]))
+        replace_module(model, name, wrap(model.get_submodule(name), channels, widths[name]))
     for name, width in header["widths"].items():
         for attribute, value in width.items():
             setattr(model.get_submodule(name), attribute, value)
@@ -110,12 +116,12 @@ def _rebuilt(header: dict, tensors: dict[str, Tensor]) -> nn.Module:
         conv = model.get_submodule(name)
         pattern = tensors[f"{name}.pattern"]
         layer = StripeConv2d(stripe["in_channels"], pattern, conv.stride, conv.padding, conv.bias is not None)
-        model.set_submodule(name, layer)
+        replace_module(model, name, layer)
     for name, gathered in header.get("groups", {}).items():
         conv = model.get_submodule(name)
         pattern = tensors[f"{name}.pattern"]
         layer = GatheredConv2d(pattern, gathered["out_channels"], conv.stride, conv.padding, conv.bias is not None)
-        model.set_submodule(name, layer)
+        replace_module(model, name, layer)
     _resize(model, tensors)
     load_tensors(model, tensors)
     return model
@@ -123,12 +129,15 @@ def _rebuilt(header: dict, tensors: dict[str, Tensor]) -> nn.Module:
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load the tensors, which a network of the same code wrote: some modules (MNASNet) refuse what does not say
-    which version of them it comes from, and safetensors has no place for that."""
-    state = model.state_dict()
-    state.update(tensors)
-    missing = state.keys() - tensors.keys()
+    which version of them it comes from, and safetensors has no place for that. A further name of a tensor that is
+    there needs none of its own."""
+    owned = model.state_dict(keep_vars=True)
+    there = {owned[name] for name in tensors if name in owned}
+    missing = {name for name, tensor in owned.items() if name not in tensors and tensor not in there}
     if missing:
         raise KeyError(f"{min(missing)} is missing")
+    state = model.state_dict()
+    state.update(tensors)
     model.load_state_dict(state)
 
 

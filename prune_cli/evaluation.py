@@ -46,3 +46,8 @@ def random_images(model: nn.Module, count: int = 4) -> Tensor:
     """(`count`, C, H, W) as the model reads them, the same ones for every network of one input shape."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, *model.input_shape, generator=generator).to(next(model.parameters()))
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value of `a`."""
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))

@@ -15,6 +15,7 @@ from prune_cli.method import PruningMethod, selection_field
 from prune_cli.prunable import Skip, named_by, weighted
 from prune_cli.selection import select_global, select_local
 from prune_cli.settings import Ratio, nearest
+from prune_cli.trial import channel_graph
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class FilterMethod(PruningMethod):
         return None
 
     def candidates(self, model: nn.Module) -> Mapping[str, Filters | Skip]:
-        return self.candidates_of(ChannelGraph(model))
+        return self.candidates_of(channel_graph(model))
 
     def candidates_of(self, graph: ChannelGraph) -> Mapping[str, Filters | Skip]:
         """`candidates` of a network whose channels are known already."""

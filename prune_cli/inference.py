@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from prune_cli.evaluation import difference, evaluating, random_images
 from prune_cli.kernels.operation import Implementation, Operation, memory_format
 from prune_cli.kernels.plan import choose
 from prune_cli.layers.stripe import StripeConv2d
+from prune_cli.modules import replace_module, tied, why_not_replaced
 
 log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3  # relative to the largest logit: folding rounds once more
 
 
 class InferenceConv2d(nn.Module):
@@ -75,24 +79,18 @@ def for_inference(model: nn.Module, kernel: str = "auto") -> nn.Module:
 
     Batch norm is folded into the convolution before it; a stripe convolution also takes the ReLU
     that follows, and runs on the backend that `kernel` (auto, torch, cpp or cupy) allows. Sums and
-    other ReLUs of what a layer made are computed in its memory. A network that cannot be traced keeps
-    its batch norms and ReLUs. For torch.compile run the copy once before, on an input of the same
-    shape: choosing a plan cannot be traced.
+    other ReLUs of what a layer made are computed in its memory. Layers with a forward of their own, a
+    hook or a parametrization are left alone; a network that cannot be traced, or computes something else
+    afterwards, keeps all of its norms and ReLUs. For torch.compile run the copy once before, on an input
+    of the same shape: choosing a plan cannot be traced.
     """
-    model = copy.deepcopy(model).eval()
-    graph, rectified = _traced(model), set()
-    if graph is not None:
-        rectified = _fuse(model, graph)
-        _work_in_place(model, graph)
-        made = fx.GraphModule(model, graph, type(model).__name__)
-        made.__dict__.update({name: value for name, value in vars(model).items() if name not in made.__dict__})
-        model = made.eval()
+    model, rectified = _fused(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, StripeConv2d):
             operation = Operation(
                 layer.pattern, layer.stripes.float(), _bias(layer).float(), layer.stride, layer.padding, name in rectified
             )
-            model.set_submodule(name, InferenceConv2d(operation, kernel, name))
+            replace_module(model, name, InferenceConv2d(operation, kernel, name))
     return model
 
 
@@ -117,6 +115,40 @@ def _bias(layer: nn.Module) -> Tensor:
     return torch.zeros(layer.out_channels, dtype=like.dtype, device=like.device)
 
 
+def _fused(model: nn.Module) -> tuple[nn.Module, set[str]]:
+    """A copy with folded norms and without the ReLUs behind stripe convolutions, and the names of those; a plain
+    copy where that cannot be made."""
+    try:
+        fused, rectified = _rewritten(copy.deepcopy(model).eval())
+        if not hasattr(model, "input_shape") or _same(model, fused, rectified):
+            return fused, rectified
+        log.warning("Batch norm is not folded: the network would compute something else")
+    except Exception as problem:  # whatever a user's forward does that is not a graph
+        log.info("Batch norm is not folded, the network cannot be traced: %s", problem)
+    return copy.deepcopy(model).eval(), set()
+
+
+def _rewritten(model: nn.Module) -> tuple[nn.Module, set[str]]:
+    graph = _Tracer().trace(model)
+    rectified = _fuse(model, graph)
+    _work_in_place(model, graph)
+    made = fx.GraphModule(model, graph, type(model).__name__)
+    made.__dict__.update({name: value for name, value in vars(model).items() if name not in made.__dict__})
+    return made.eval(), rectified
+
+
+def _same(model: nn.Module, fused: nn.Module, rectified: set[str]) -> bool:
+    """Whether both compute the same, the stripe convolutions of `rectified` with the ReLU that they are going to take."""
+    x = random_images(model)
+    hooks = [fused.get_submodule(name).register_forward_hook(lambda _, x, y: y.relu()) for name in rectified]
+    try:
+        with evaluating(model), torch.backends.cudnn.flags(enabled=False):
+            return difference(model(x), fused(x)) <= TOLERANCE
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _Tracer(fx.Tracer):
     """Every module without children is one step, ours as well."""
 
@@ -124,25 +156,17 @@ class _Tracer(fx.Tracer):
         return not list(m.children())
 
 
-def _traced(model: nn.Module) -> fx.Graph | None:
-    try:
-        return _Tracer().trace(model)
-    except Exception as problem:  # whatever a user's forward does that is not a graph
-        log.info("Batch norm is not folded, the network cannot be traced: %s", problem)
-        return None
-
-
 def _fuse(model: nn.Module, graph: fx.Graph) -> set[str]:
     """Fold every batch norm into the convolution that it alone follows, and take the ReLUs behind stripe
     convolutions out of the graph; returns the names of those convolutions."""
-    rectified = set()
+    rectified, shared = set(), tied(model)
     for node in list(graph.nodes):
         layer = _module(model, node)
-        if not isinstance(layer, (nn.Conv2d, StripeConv2d)) or not _called_once(model, graph, layer):
+        if not _is(layer, nn.Conv2d, StripeConv2d) or node.target in shared or not _called_once(model, graph, layer):
             continue
         after = _only_user(node)
         norm = _module(model, after)
-        if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and _called_once(model, graph, norm):
+        if _is(norm, nn.BatchNorm2d) and norm.running_mean is not None and _called_once(model, graph, norm):
             _fold(layer, norm)
             _skip(graph, after, node)
             after = _only_user(node)
@@ -155,7 +179,7 @@ def _fuse(model: nn.Module, graph: fx.Graph) -> set[str]:
 def _work_in_place(model: nn.Module, graph: fx.Graph) -> None:
     """Sums and ReLUs of what a layer has made, and nothing else reads, need no memory of their own."""
     makers = (nn.Conv2d, StripeConv2d, nn.BatchNorm2d)
-    own = {node for node in graph.nodes if isinstance(_module(model, node), makers)}
+    own = {node for node in graph.nodes if _is(_module(model, node), *makers)}
     for node in graph.nodes:
         if _is_sum(node):
             kept = next((k for k in (0, 1) if node.args[k] in own and _only_user(node.args[k]) is node), None)
@@ -185,7 +209,12 @@ def _is_relu(model: nn.Module, node: fx.Node | None) -> bool:
         return False
     function = node.op == "call_function" and node.target in (F.relu, torch.relu, torch.relu_)
     method = node.op == "call_method" and node.target in ("relu", "relu_")
-    return function or method or isinstance(_module(model, node), nn.ReLU)
+    return function or method or _is(_module(model, node), nn.ReLU)
+
+
+def _is(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """Whether it is a layer of one of these kinds that computes what its kind does, and nobody listens."""
+    return isinstance(module, kinds) and (isinstance(module, StripeConv2d) or why_not_replaced(module) is None)
 
 
 def _module(model: nn.Module, node: fx.Node | None) -> nn.Module | None:

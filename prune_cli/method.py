@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prune_cli.hooks import Progress, TrainingHooks
 from prune_cli.masks import Masks
+from prune_cli.modules import fixed
 from prune_cli.prunable import Prunable, Skip, sorted_out
 from prune_cli.settings import Constant
 from prune_cli.targets import source_hash
@@ -71,7 +72,9 @@ class PruningMethod(TrainingHooks, ABC):
 
         Raises UserError: nothing can be pruned, or `exclude` names no layer.
         """
-        return sorted_out(self.candidates(model), self.exclude)
+        whole = {name: Skip(reason) for name, reason in fixed(model).items()}
+        found = self.candidates(model)
+        return sorted_out({name: whole.get(name, candidate) for name, candidate in found.items()}, self.exclude)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """A copy of the network with the layers installed that sparsify trains.

@@ -16,6 +16,7 @@ from torch import nn
 
 from prune_cli.errors import UserError
 from prune_cli.masks import UNIT_AXES, Masks
+from prune_cli.modules import replace_module
 from prune_cli.surgery import PACKED, Cut
 
 UNIT_OF = {layer: unit for unit, layer in PACKED.items()}
@@ -40,7 +41,7 @@ def unpacked(model: nn.Module) -> nn.Module:
         conv.weight.copy_(weight)
         if bias is not None:
             conv.bias.copy_(bias)
-        model.set_submodule(name, conv.train(layer.training))
+        replace_module(model, name, conv.train(layer.training))
     return model
 
 
@@ -64,7 +65,7 @@ def packed(small: Cut, units: Mapping[str, str]) -> Cut:
             other_axes = [axis for axis in range(4) if axis not in UNIT_AXES[unit]]
             pattern = (layer.weight != 0).any(other_axes[0])
             if not pattern.all():
-                model.set_submodule(name, PACKED[unit].from_conv(layer, pattern.cpu()))
+                replace_module(model, name, PACKED[unit].from_conv(layer, pattern.cpu()))
     return replace(small, model=model)
 
 

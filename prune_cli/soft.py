@@ -16,6 +16,7 @@ from prune_cli.method import PruningMethod
 from prune_cli.prunable import Skip, named_by, weighted
 from prune_cli.selection import select_local
 from prune_cli.settings import Ratio
+from prune_cli.trial import channel_graph, why_not_for_itself
 
 SHORTCUTS = ("*shortcut*", "*downsample*")
 
@@ -50,11 +51,11 @@ class SoftPruning(PruningMethod):
         return self.ratio
 
     def candidates(self, model: nn.Module) -> Mapping[str, nn.Module | Skip]:
-        graph = ChannelGraph(model)
+        graph = channel_graph(model)
         return {name: self._candidate(graph, name, layer) for name, layer in weighted(model).items()}
 
     def _candidate(self, graph: ChannelGraph, name: str, layer: nn.Module) -> nn.Module | Skip:
-        if reason := graph.why_not_for_itself(name):
+        if reason := why_not_for_itself(graph, name):
             return Skip(reason)
         spared = self.exclude is None and named_by(SHORTCUTS, name)
         return Skip("in a shortcut; method.exclude=[] prunes it too") if spared else layer

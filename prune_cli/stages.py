@@ -25,21 +25,34 @@ from torch import Tensor, nn
 
 from prune_cli import surgery
 from prune_cli.base import Base, digest
-from prune_cli.checkpoint import load_model, save_model
+from prune_cli.checkpoint import load_model, save_model, tensors_of
 from prune_cli.distillation import Distillation
-from prune_cli.errors import UserError
+from prune_cli.errors import StageError, UserError
+from prune_cli.evaluation import difference, evaluating
 from prune_cli.foreign import content_hash, fill, read_weights
 from prune_cli.hooks import Together, TrainingHooks
 from prune_cli.masks import Masks, random_like
 from prune_cli.method import KeepPruned
-from prune_cli.metrics.accuracy import accuracy
-from prune_cli.metrics.macs import count_elementwise, count_nonzero, count_parameters, layer_macs
+from prune_cli.metrics.accuracy import accuracy, memory_format
+from prune_cli.metrics.macs import (
+    count_elementwise,
+    count_nonzero,
+    count_own_parameters,
+    count_parameters,
+    count_stripes,
+    layer_macs,
+)
 from prune_cli.repeated import lifted, packed, packing, unpacked, zeros
 from prune_cli.seeding import derive
 from prune_cli.settings import FitSettings, Start
 from prune_cli.store import Artifact, Partial
 from prune_cli.trainer import fit, steps_per_epoch
 from prune_cli.workshop import Made, Workshop, in_round, verified_cut
+
+
+FORWARD = "(forward)"  # what the network's own forward multiplies, in the list of its layers
+FILE_IMAGES = 8  # with which a file is compared with the network that it was made of
+FILE_TOLERANCE = 1e-3  # relative to the largest logit: a merged skeleton and another memory format round differently
 
 
 def train_dense(shop: Workshop) -> Made:
@@ -227,7 +240,7 @@ def _fit_stage(
                 stage=in_round(stage, round), checkpoint=partial, monitor=monitor, watch=watch, start=first,
             )  # fmt: skip
         if stage == "sparse":  # with the layers that `prepare` installed: what `prune` reads
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "training.safetensors")
+            save_file(tensors_of(model), folder / "training.safetensors")
         return {"history": history, **_describe(shop, folder, surgery.plain(model), model)}
 
     return shop.produced(stage, {**shop.common, **(further or {}), "fit": settings}, make, source, round)
@@ -263,6 +276,7 @@ def _describe(shop: Workshop, folder: Path, model: nn.Module, evaluated: nn.Modu
     """Save the network and say what it costs and what it knows."""
     path = folder / "model.safetensors"
     save_model(path, model, shop.experiment.model, shop.splits.classes)
+    _check_file(path, evaluated, shop)
     macs = layer_macs(model, model.input_shape)
     splits = {"accuracy": shop.splits.test, "validation": shop.splits.validation}
     with shop.journal.busy("Classifying the held-out images"):
@@ -273,16 +287,28 @@ def _describe(shop: Workshop, folder: Path, model: nn.Module, evaluated: nn.Modu
         "nonzero": count_nonzero(model),
         "macs": sum(macs.values()),
         "elementwise": count_elementwise(model, model.input_shape),
-        "layers": {name: _layer(model.get_submodule(name), spent) for name, spent in macs.items()},
+        "layers": {name or FORWARD: _layer(model.get_submodule(name), spent) for name, spent in macs.items()},
         "file_bytes": path.stat().st_size,
     }
 
 
+@torch.no_grad()
+def _check_file(path: Path, evaluated: nn.Module, shop: Workshop) -> None:
+    """Raises StageError: the network in the file is not the one that is about to be measured."""
+    images = next(iter(shop.splits.test.batches(FILE_IMAGES)))[0]
+    loaded = load_model(path).to(shop.device)
+    with evaluating(evaluated), torch.backends.cudnn.flags(enabled=False):
+        off = difference(evaluated(images.contiguous(memory_format=memory_format(evaluated))), loaded(images))
+    if not off <= FILE_TOLERANCE:  # also where it is not a number
+        raise StageError(
+            f"The file of this stage holds another network than the one that was trained: its answers are off by "
+            f"{off:.1e} relative, allowed {FILE_TOLERANCE:.0e}; nothing is recorded"
+        )
+
+
 def _layer(layer: nn.Module, macs: int) -> dict[str, int]:
-    """What one layer costs; `stripes`: filters x kernel positions of its shape, what a skeleton has."""
-    shape = layer.weight.shape
-    stripes = shape[0] * math.prod(shape[2:]) if len(shape) == 4 else 0
-    return {"macs": macs, "parameters": count_parameters(layer), "stripes": stripes}
+    """What one layer costs."""
+    return {"macs": macs, "parameters": count_own_parameters(layer), "stripes": count_stripes(layer)}
 
 
 def _units(keep: Tensor) -> dict[str, Any]:

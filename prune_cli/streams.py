@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prune_cli.channels import ChannelGraph, united
 from prune_cli.layers.select import SelectChannels, selected
+from prune_cli.modules import replace_module
 from prune_cli.slicing import take_out
 
 
@@ -48,7 +49,7 @@ def select(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, str]:
         take_out(norm, outputs=(~kept).nonzero().flatten().tolist())
         selection = _selection_before(model, name)
         if selection is None:
-            model.set_submodule(name, selected(norm, channels.to(norm.weight.device), width))
+            replace_module(model, name, selected(norm, channels.to(norm.weight.device), width))
             renamed[name] = f"{name}.layer"
         else:
             selection.channels = selection.channels[channels.to(selection.channels.device)]
@@ -70,9 +71,9 @@ def _as_convolutions(model: nn.Module, norms: Iterable[str]) -> Iterator[None]:
     for name, norm in replaced.items():
         like = norm.weight
         conv = nn.Conv2d(norm.num_features, norm.num_features, 1, bias=False, device=like.device, dtype=like.dtype)
-        model.set_submodule(name, conv)
+        replace_module(model, name, conv)
     try:
         yield
     finally:
         for name, norm in replaced.items():
-            model.set_submodule(name, norm)
+            replace_module(model, name, norm)

@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_cli.errors import UserError
-from prune_cli.metrics.macs import count_elementwise, count_macs, count_parameters
+from prune_cli.metrics.macs import count_elementwise, count_macs, count_parameters, layer_macs
 from prune_cli.models.lenet import LeNet5, LeNet300100
 from prune_cli.models.resnet import CifarResNet
 from prune_cli.models.vgg import VGG
@@ -102,9 +101,46 @@ def test_a_layer_called_twice_counts_twice():
     assert count_parameters(model) == 20
 
 
-def test_a_layer_without_a_formula_is_refused():
-    with pytest.raises(UserError, match="ConvTranspose2d"):
-        count_macs(nn.Sequential(nn.ConvTranspose2d(2, 4, 3)), (2, 8, 8))
+def test_a_layer_without_a_formula_is_counted_as_it_runs():
+    assert count_macs(nn.Sequential(nn.ConvTranspose2d(2, 4, 3)), (2, 8, 8)) == 2 * 8 * 8 * 4 * 9
+    attention = nn.MultiheadAttention(6, 2, batch_first=True)
+    tokens = layer_macs(Tokens(attention), (6, 5, 1))
+    # query, key, value and output; scores and their use
+    assert tokens == {"inner": 4 * 5 * 6 * 6 + 2 * 5 * 5 * 6, "inner.out_proj": 0}
+
+
+class Tokens(nn.Module):
+    """Pixels as a sequence for one layer that returns a tuple."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        return (self.inner(x, x, x) if isinstance(self.inner, nn.MultiheadAttention) else self.inner(x))[0]
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
+def test_a_recurrent_layer_meets_its_weights_at_every_step(kind, gates):
+    both = kind(6, 4, num_layers=2, bidirectional=True, batch_first=True)
+    first, second = 2 * gates * 4 * (6 + 4), 2 * gates * 4 * (8 + 4)
+    assert count_macs(Tokens(both), (6, 5, 1)) == 5 * (first + second)
+
+
+class ByHand(nn.Module):
+    """A product in the network's own forward, between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(4, 7))
+
+    def forward(self, x):
+        return self.conv(x).flatten(2).transpose(1, 2) @ self.mix
+
+
+def test_products_outside_of_layers_belong_to_the_module_that_executes_them():
+    assert layer_macs(ByHand(), (3, 2, 2)) == {"conv": 4 * 4 * 3, "": 4 * 4 * 7}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -70,9 +70,9 @@ def plan_of(experiment) -> Plan:
     """What the experiment would remove."""
     from prune_cli import surgery
     from prune_cli.budget import Budget
-    from prune_cli.channels import ChannelGraph
     from prune_cli.metrics.macs import count_parameters, layer_macs
     from prune_cli.prunable import weighted
+    from prune_cli.trial import channel_graph
 
     dense = experiment.untrained(*experiment.dataset.shape(Path(experiment.runtime.data_root)))
     budget = Budget.of(experiment.target, experiment.ratio, dense)
@@ -84,7 +84,7 @@ def plan_of(experiment) -> Plan:
     masked, small = surgery.masked_and_cut(method.compensate(model, masks), masks, method.constant)
     surgery.verify(masked, small)
 
-    graph, before, after = ChannelGraph(dense), *(layer_macs(m, dense.input_shape) for m in (dense, small.model))
+    graph, before, after = channel_graph(dense), *(layer_macs(m, dense.input_shape) for m in (dense, small.model))
     groups = [group for group in graph.groups if len(group.producers) > 1]
     shared = {name: str(number) for number, group in enumerate(groups, 1) for name in group.producers}
     found = []

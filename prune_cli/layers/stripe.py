@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prune_cli.modules import why_not_replaced
+
 
 class StripeConv2d(nn.Module):
     """Conv2d with (O, K, K) stripes of C input channels each, of which only S survive.
@@ -62,6 +64,8 @@ def unpackable(module: nn.Module) -> str | None:
     groups and dilation, padded with as many zeros on either side."""
     if not isinstance(module, nn.Conv2d):
         return "fully connected"
+    if reason := why_not_replaced(module):
+        return reason
     if module.groups > 1:
         return "depthwise" if module.groups == module.in_channels else "a grouped convolution"
     if module.dilation != (1, 1):

@@ -1,6 +1,7 @@
 """FPGM: "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration"
 (He et al., CVPR 2019)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from prune_cli.criteria import distance_sum, filter_norm
 from prune_cli.hooks import Progress
 from prune_cli.layers.masked import Masked, masked
 from prune_cli.masks import Masks
+from prune_cli.modules import replace_module, why_not_replaced
+from prune_cli.prunable import Skip
 from prune_cli.settings import Ratio
 from prune_cli.soft import SoftPruning
 
@@ -33,10 +36,16 @@ class GeometricMedian(SoftPruning):
         score[rest] = distance_sum(weight[rest])
         return score
 
+    def candidates(self, model: nn.Module) -> Mapping[str, nn.Module | Skip]:
+        """Not a layer that its masked form would not stand for."""
+        found = super().candidates(model)
+        reasons = {name: why_not_replaced(layer) for name, layer in found.items() if isinstance(layer, nn.Module)}
+        return found | {name: Skip(reason) for name, reason in reasons.items() if reason}
+
     def prepare(self, model: nn.Module) -> nn.Module:
         model = super().prepare(model)
         for name, layer in self.prunable(model).layers.items():
-            model.set_submodule(name, masked(layer))
+            replace_module(model, name, masked(layer))
         return model
 
     @torch.no_grad()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from prune_cli.hooks import Progress
-from prune_cli.layers.stripe import unpackable
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
 from prune_cli.prunable import Skip, weighted
 from prune_cli.selection import of_all, select_global, select_local, separation_note
 from prune_cli.settings import NonNegative, Positive
+from prune_cli.trial import why_not_packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class GroupPruning(PruningMethod):
     strength: Positive = 1.3
 
     def candidates(self, model: nn.Module) -> Mapping[str, nn.Module | Skip]:
-        reasons = {name: unpackable(layer) for name, layer in weighted(model).items()}
+        reasons = {name: why_not_packed(model, name, "group") for name in weighted(model)}
         return {name: Skip(reason) if reason else model.get_submodule(name) for name, reason in reasons.items()}
 
     def penalty(self, model: nn.Module, progress: Progress) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from prune_cli.masks import Masks
 from prune_cli.method import selection_field
 from prune_cli.prunable import sorted_out
 from prune_cli.settings import Fraction
+from prune_cli.trial import channel_graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,11 @@ class NeuronMerging(FilterMethod):
     def compensate(self, model: nn.Module, masks: Masks) -> nn.Module:
         if not self.merge:
             return model
-        merged, mergeable, graph = copy.deepcopy(model), False, ChannelGraph(model)
+        merged, mergeable, graph = copy.deepcopy(model), False, channel_graph(model)
         # All similarities are those of the original network: merging changes the next layer's weights.
         for name, filters in sorted_out(self.candidates_of(graph), self.exclude).layers.items():
             group = filters.group
-            # Neither a sum nor a depthwise convolution passes on a multiple of one filter.
-            if name not in masks.keep or group.producers != (name,):
+            if name not in masks.keep or group.producers != (name,):  # a sum passes on no multiple of one filter
                 continue
             places = graph.outputs(group, range(group.width))
             for reader, channels in _readers(graph, group, name).items():

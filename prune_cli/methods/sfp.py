@@ -7,11 +7,11 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from prune_cli.channels import ChannelGraph
 from prune_cli.criteria import filter_norm
 from prune_cli.hooks import Progress
 from prune_cli.masks import Masks
 from prune_cli.soft import SoftPruning
+from prune_cli.trial import channel_graph
 
 # Of how loud a filter that always worked is behind its batch norm, and of the filters that go: above these the
 # network relied on them to the end.
@@ -58,7 +58,7 @@ def _warning(model: nn.Module, masks: Masks) -> tuple[str, ...]:
     seen = (m.num_batches_tracked for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats)
     if not any(seen):  # untrained: a search for the rate asks often, and tracing takes its time
         return ()
-    graph, loudness = ChannelGraph(model), []
+    graph, loudness = channel_graph(model), []
     for name, keep in masks.keep.items():
         norm = graph.own_norm(name)
         if norm is not None and (variance := model.get_submodule(norm).running_var) is not None:

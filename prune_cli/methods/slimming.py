@@ -16,6 +16,7 @@ from prune_cli.prunable import Skip, weighted
 from prune_cli.selection import select_global, separation_note
 from prune_cli.settings import Bounds, NonNegative, Positive
 from prune_cli.streams import stream_norms
+from prune_cli.trial import channel_graph, indispensable, why_not_for_itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +51,15 @@ class NetworkSlimming(PruningMethod):
 
     def candidates(self, model: nn.Module) -> Mapping[str, Tensor | Skip]:
         """(O,) |gamma| of the batch norm behind every prunable layer, and of those on a stream by their own name."""
-        graph, norms = ChannelGraph(model), _scaled_norms(model)
+        graph, norms = channel_graph(model), _scaled_norms(model)
+        whole = indispensable(model, "selection")
         found = {name: self._candidate(graph, norms, name) for name in weighted(model)}
-        return found | {name: norms[name].weight.detach().abs() for name in stream_norms(model)}
+        return found | {name: norms[name].weight.detach().abs() for name in stream_norms(model) if (name,) not in whole}
 
     def _candidate(self, graph: ChannelGraph, norms: Mapping[str, nn.Module], name: str) -> Tensor | Skip:
         reason = graph.why_not_alone(name)
         if reason and self.residual:
-            reason = graph.why_not_for_itself(name)
+            reason = why_not_for_itself(graph, name)
         if reason:
             return Skip(reason)
         # Not a norm behind a concatenation or a sum: its channels are other layers' too.
@@ -87,7 +89,7 @@ class NetworkSlimming(PruningMethod):
 
 def _blocks(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
     """Of the layers whose filters a grouped convolution reads, and no sum, how many go with a block of its."""
-    groups = {group.sources: group for group in ChannelGraph(model).groups if group.removable and group.block > 1}
+    groups = {group.sources: group for group in channel_graph(model).groups if group.removable and group.block > 1}
     return {name: groups[name,].block for name in layers if (name,) in groups}
 
 

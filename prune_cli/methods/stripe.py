@@ -9,15 +9,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from prune_cli.channels import ChannelGraph, ChannelGroup
+from prune_cli.channels import ChannelGroup
 from prune_cli.hooks import Progress
 from prune_cli.layers.skeleton import SkeletonConv2d
 from prune_cli.layers.stripe import unpackable
 from prune_cli.masks import Masks
 from prune_cli.method import PruningMethod, selection_field
+from prune_cli.modules import replace_module
 from prune_cli.prunable import Skip, weighted
 from prune_cli.selection import keep_best, of_all, select_global, select_threshold, separation_note
 from prune_cli.settings import NonNegative, Positive
+from prune_cli.trial import channel_graph, why_not_packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +47,17 @@ class StripePruning(PruningMethod):
     select: Literal["ratio", "threshold"] = selection_field(default="ratio")
 
     def candidates(self, model: nn.Module) -> Mapping[str, nn.Module | Skip]:
-        reasons = {name: _without_stripes(layer) for name, layer in weighted(model).items()}
+        reasons = {name: _without_stripes(model, name) for name in weighted(model)}
         return {name: Skip(reason) if reason else model.get_submodule(name) for name, reason in reasons.items()}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         layers = self.prunable(model).layers
         model = copy.deepcopy(model)
-        norms = {group.sources[0]: _own_norms(model, group) for group in ChannelGraph(model).inner}
+        norms = {group.sources[0]: _own_norms(model, group) for group in channel_graph(model).inner}
         for name in layers:
             layer = SkeletonConv2d.from_conv(model.get_submodule(name))
             layer.norms = norms.get(name)
-            model.set_submodule(name, layer)
+            replace_module(model, name, layer)
         if self.train == "skeleton":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = name.endswith(".skeleton")
@@ -92,8 +94,11 @@ class StripePruning(PruningMethod):
         return {name: (layer.skeleton.detach() * layer.alive).abs() for name, layer in _skeletons(model).items()}
 
 
-def _without_stripes(layer: nn.Module) -> str | None:
-    return unpackable(layer) or ("1x1, a single stripe" if math.prod(layer.kernel_size) == 1 else None)
+def _without_stripes(model: nn.Module, name: str) -> str | None:
+    reason = unpackable(layer := model.get_submodule(name))
+    if reason is None and math.prod(layer.kernel_size) == 1:
+        return "1x1, a single stripe"
+    return reason or why_not_packed(model, name, "stripe")
 
 
 def _own_norms(model: nn.Module, group: ChannelGroup) -> tuple[str, ...]:

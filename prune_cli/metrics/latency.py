@@ -6,13 +6,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from prune_cli.errors import StageError
+from prune_cli.evaluation import difference
 from prune_cli.inference import for_inference
 from prune_cli.metrics.accuracy import memory_format
 from prune_cli.record import Latency
 from prune_cli.settings import Kernel
 from prune_cli.timing import alternate, autotuned, captured
+
+TOLERANCE = 1e-2  # relative to the largest logit: a GPU may multiply in TensorFloat-32
 
 
 def measure(
@@ -49,12 +53,23 @@ def measure(
             x_nchw = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
             inputs = {name: x_nchw.contiguous(memory_format=layouts[name]) for name in copies}
             runs = {name: partial(prepared[name], inputs[name]) for name in prepared}
+            for name, run in runs.items() if dtype == torch.float32 else ():
+                _check_same(name, copies[name](inputs[name]), run())
             synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
             if device.type == "cuda":
                 runs = {name: captured(run, repeat=1) for name, run in runs.items()}
             for name, times in alternate(runs, seconds, synchronise).items():
                 results[name].append(_summary(batch, times))
     return {name: tuple(latencies) for name, latencies in results.items()}
+
+
+def _check_same(name: str, expected: Tensor, found: Tensor) -> None:
+    """Raises StageError: what is timed is another network than the one that was measured."""
+    if not (off := difference(expected, found)) <= TOLERANCE:
+        raise StageError(
+            f"{name}: the copy made for inference computes something else than the network, off by {off:.1e} relative; "
+            "runtime.latency_seconds=0 measures no latency"
+        )
 
 
 def _summary(batch: int, times: Sequence[float]) -> Latency:

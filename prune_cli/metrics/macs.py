@@ -1,17 +1,17 @@
 """What a network costs: multiply-adds of one image, and parameters.
 
-MACs are those of convolutions and linear layers, without biases, BN, activations and pooling: the
-convention of PFEC (Li et al., ICLR 2017, Table 2), half of what FLOP counters print.
+MACs are those of convolutions, linear layers and other products of matrices, without biases, BN, activations and
+pooling: the convention of PFEC (Li et al., ICLR 2017, Table 2), half of what FLOP counters print.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from prune_cli.errors import UserError
 from prune_cli.evaluation import blank_image, observe
+from prune_cli.metrics.products import has_products, own_products
 
 
 @runtime_checkable
@@ -23,6 +23,7 @@ class CountsMacs(Protocol):
         ...
 
 
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 ELEMENTWISE = {
     "batch_norm": (nn.BatchNorm1d, nn.BatchNorm2d),
@@ -39,17 +40,20 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
     """Multiply-adds of every layer on one image of shape (C, H, W), as one forward pass runs it.
 
-    A layer's own `macs(output)` (see CountsMacs) goes first, then the formula of its base class;
-    a layer that is called twice counts twice. `model` is left as it was, training flags included.
-    Raises UserError: a layer with a weight matrix or kernel for which neither is known.
+    A layer's own `macs(output)` (see CountsMacs) goes first, then the formula of its base class, then
+    what PyTorch counts in its forward; a layer that is called twice counts twice. `model` is left as it
+    was, training flags included.
     """
     names = {layer: name for name, layer in model.named_modules()}
-    counted = {names[layer]: 0 for layer in _layers(model)}
+    layers, image = dict.fromkeys(_layers(model)), blank_image(model, input_shape)
+    counted = {names[layer]: 0 for layer in layers}
 
-    def count(layer: nn.Module, _, output: Tensor) -> None:
-        counted[names[layer]] += layer.macs(output) if isinstance(layer, CountsMacs) else dense_macs(layer, output)
+    def count(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        counted[names[layer]] += _macs(layer, inputs, output)
 
-    observe(model, blank_image(model, input_shape), dict.fromkeys(_layers(model)), count)
+    observe(model, image, layers, count)
+    if has_products(model, layers):
+        counted |= {names[module]: spent for module, spent in own_products(model, image, layers).items()}
     return counted
 
 
@@ -75,6 +79,18 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_own_parameters(module: nn.Module) -> int:
+    """Of a layer all; of a module that holds others, those that are no other's."""
+    weight = getattr(module, "weight", None)
+    return sum(parameter.numel() for parameter in module.parameters(recurse=isinstance(weight, Tensor)))
+
+
+def count_stripes(layer: nn.Module) -> int:
+    """Filters x kernel positions of a convolution, what a skeleton has; 0 for other layers."""
+    weight = getattr(layer, "weight", None)
+    return weight.shape[0] * math.prod(weight.shape[2:]) if isinstance(weight, Tensor) and weight.ndim == 4 else 0
+
+
 def count_nonzero(model: nn.Module) -> int:
     """Elements of all Parameters that are not zero: what a sparse format would store."""
     return int(sum(parameter.count_nonzero() for parameter in model.parameters()))
@@ -88,14 +104,23 @@ def dense_macs(layer: nn.Module, output: Tensor) -> int:
     return output[0].numel() * math.prod(layer.weight.shape[1:])
 
 
+def recurrent_macs(layer: nn.Module, x: Tensor) -> int:
+    """Each step of a sequence meets every weight matrix once. The sequence x is (T, I) or of one image: (1, T, I) or
+    (T, 1, I); a cell reads one step."""
+    steps = 1 if isinstance(layer, nn.RNNCellBase) else math.prod(x.shape[:-1])
+    return steps * sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim > 1)
+
+
+def _macs(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:
+    if isinstance(layer, CountsMacs):
+        return layer.macs(output)
+    return recurrent_macs(layer, inputs[0]) if isinstance(layer, RECURRENT) else dense_macs(layer, output)
+
+
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers that are counted. What lies inside one of them (a parametrization) is part of it."""
-    if isinstance(module, (CountsMacs, *DENSE)):
+    """The layers with a formula. What lies inside one of them (a parametrization) is part of it."""
+    if isinstance(module, (CountsMacs, *RECURRENT, *DENSE)):
         yield module
         return
-    # A layer is never free just because its formula is unknown; scales such as (C, 1, 1) are free.
-    if any(parameter.squeeze().dim() > 1 for parameter in module.parameters(recurse=False)):
-        kind = type(module).__name__
-        raise UserError(f"no formula for the MACs of a {kind} layer: give the class a method macs(self, output)")
     for child in module.children():
         yield from _layers(child)

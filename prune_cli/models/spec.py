@@ -1,16 +1,18 @@
 """A network as plain data."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from prune_cli.errors import UserError, one_line
-from prune_cli.evaluation import evaluating
+from prune_cli.errors import UserError
+from prune_cli.models.own_network import check
 from prune_cli.targets import is_ours, resolve
+from prune_cli.user_code import what_failed
+
+_CHECKED: set[tuple] = set()  # networks of users that can be trained and pruned
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,12 @@ class ModelSpec:
         network = resolve(self.target)
         shape = {"channels": channels, "resolution": resolution, "classes": classes}
         taken = inspect.signature(network).parameters
-        model = network(**{name: size for name, size in shape.items() if name in taken}, **self.arguments)
-        if not is_ours(self.target):
-            self._check(model, **shape)
+        given = {name: size for name, size in shape.items() if name in taken}
+        if is_ours(self.target):
+            model = network(**given, **self.arguments)
+        else:
+            model = self._own(network, given)
+            self._check(network, model, shape)
         model.input_shape = (channels, resolution, resolution)
         return model
 
@@ -45,28 +50,19 @@ class ModelSpec:
         initial = getattr(resolve(self.target), "initial", ())
         return replace(self, arguments={k: v for k, v in self.arguments.items() if k not in initial})
 
-    def _check(self, model: Any, channels: int, resolution: int, classes: int) -> None:
-        where = f"model.target={self.target}"
-        if not isinstance(model, nn.Module):
-            raise UserError(f"{where}: makes a {type(model).__name__}, must make a torch.nn.Module")
-        for name, layer in model.named_modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)) and "weight" not in dict(layer.named_parameters(recurse=False)):
-                raise UserError(
-                    f"{where}: the weight of {name} is computed from other parameters (weight_norm or the like), so it "
-                    "cannot be pruned; make it an ordinary one, as torch.nn.utils.parametrize.remove_parametrizations does"
-                )
-        images = torch.zeros(2, channels, resolution, resolution)
+    def _own(self, network: Callable[..., Any], given: Mapping[str, int]) -> Any:
         try:
-            with torch.no_grad(), evaluating(model):
-                logits = model(images)
+            return network(**given, **self.arguments)
+        except UserError:
+            raise
         except Exception as problem:  # of the user's code, whatever it is
             raise UserError(
-                f"{where}: does not read images of shape {tuple(images.shape)} ({one_line(problem)}); a parameter "
-                "named channels or resolution is given the data set's"
+                f"model.target={self.target}: cannot be built ({what_failed(problem)})"
             ) from problem
-        if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
-            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise UserError(
-                f"{where}: makes {found} of two images, must be (2, {classes}), a score per class; a parameter "
-                "named classes is given their number"
-            )
+
+    def _check(self, network: Callable[..., Any], model: Any, shape: Mapping[str, int]) -> None:
+        """Once for each network: it is built again for every stage."""
+        known = (network, repr(self.arguments), *shape.values())
+        if known not in _CHECKED:
+            check(model, f"model.target={self.target}", **shape)
+            _CHECKED.add(known)
