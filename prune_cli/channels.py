@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from prune_cli.evaluation import evaluating
 from prune_cli.modules import fixed
 from prune_cli.slicing import block_size, follows
-from prune_cli.tracing import OUTPUT, Trace, writes
+from prune_cli.tracing import OUTPUT, Untraced, trace, writes
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ChannelGraph:
     def __init__(self, model: nn.Module, indispensable: Mapping[tuple[str, ...], str] | None = None) -> None:
         self.model, self._indispensable, self._fixed = model, indispensable or {}, fixed(model)
         with evaluating(model):
-            self._trace = Trace(model)
+            self._trace = trace(model)
         self._names = {module: name for name, module in model.named_modules()}
         self._order = {name: place for place, name in enumerate(self._names.values())}
         self._members: dict[ChannelGroup, list[_Member]] = {}
@@ -89,7 +89,8 @@ class ChannelGraph:
         """Why the layer's filters cannot be removed one by one, each with its channel; None = they can."""
         group = self.of(layer)
         if group is None:
-            return "the network never calls it, or without a gradient"
+            untraced = isinstance(self._trace, Untraced)
+            return self._trace.reason if untraced else "the network never calls it, or without a gradient"
         if group.blocked is not None:
             return group.blocked
         others = [name for name in group.sources if name != layer]
@@ -193,7 +194,7 @@ class ChannelGraph:
         places = [m.places for m in members if m.layer == layer and m.written]
         channels = {channel for found in places for channel in found}
         written = {place for found in places for own in found.values() for place in own}
-        whole = len(channels) == width and len(written) == len(self.model.get_submodule(layer).weight)
+        whole = len(channels) == width and len(written) == _width(self.model.get_submodule(layer))
         return None if whole else f"a sum with a concatenation, of which {layer} writes a part"
 
     def _constant(self, member: _Member) -> str | None:
@@ -204,6 +205,10 @@ class ChannelGraph:
     def _decides(self, layer: str) -> bool:
         module = self.model.get_submodule(layer)
         return not follows(module) and not self._trace.is_gate(module)
+
+
+def _width(layer: nn.Module) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def _kind(convolution: nn.Conv2d) -> str:

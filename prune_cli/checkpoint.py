@@ -110,8 +110,10 @@ def _rebuilt(header: dict, tensors: dict[str, Tensor]) -> nn.Module:
         channels = tensors[f"{name}.{kind}.channels"]
         replace_module(model, name, wrap(model.get_submodule(name), channels, widths[name]))
     for name, width in header["widths"].items():
+        module = model.get_submodule(name)
         for attribute, value in width.items():
-            setattr(model.get_submodule(name), attribute, value)
+            if getattr(module, attribute) != value:  # a compiled part, which is never cut, takes none
+                setattr(module, attribute, value)
     for name, stripe in header["stripes"].items():
         conv = model.get_submodule(name)
         pattern = tensors[f"{name}.pattern"]

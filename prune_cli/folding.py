@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from prune_cli.channels import ChannelGraph, ChannelGroup
 from prune_cli.evaluation import observe, random_images
+from prune_cli.modules import why_not_replaced
 from prune_cli.slicing import follows
 
 ALIKE = 1e-5  # relative: pooling over windows of several sizes rounds a constant in several ways
@@ -26,6 +27,7 @@ FOLDED, SILENT = "folded", "silent"
 GATED = "a gate scales them"
 VARIES = "a layer that reads them sees no constant"
 PADS = "a layer that reads them pads its input"
+OWN = "a layer that reads them is not called as it is"
 NOWHERE = "a layer that reads them has neither a bias nor a batch norm of its own"
 STAYS = "their channel stays for other layers"
 
@@ -107,12 +109,14 @@ class _Readers:
         return obstacles[0] if obstacles else FOLDED if FOLDED in fates else SILENT
 
     def _fate(self, reader: str, inputs: list[int]) -> str:
+        layer = self.graph.model.get_submodule(reader)
+        if reader not in self.seen or why_not_replaced(layer):
+            return OWN
         low, high = (bound[inputs] for bound in self.seen[reader])
         if not (low.any() or high.any()):
             return SILENT
         if not (high - low <= ALIKE * low.abs().maximum(high.abs())).all():  # also where it is not a number
             return VARIES
-        layer = self.graph.model.get_submodule(reader)
         # Zeros at the border: what a channel adds there is less than elsewhere.
         if isinstance(layer, _ConvNd) and layer.padding_mode == "zeros" and any(layer._reversed_padding_repeated_twice):
             return PADS
@@ -125,7 +129,8 @@ class _Readers:
 
     def _norm(self, reader: str) -> str | None:
         name = self.graph.own_norm(reader)
-        return None if name is None or self.graph.model.get_submodule(name).running_mean is None else name
+        norm = self.graph.model.get_submodule(name or "")
+        return None if name is None or norm.running_mean is None or why_not_replaced(norm) else name
 
 
 def _reading(graph: ChannelGraph, group: ChannelGroup, channels: list[int]) -> dict[str, list[int]]:

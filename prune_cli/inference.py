@@ -52,6 +52,11 @@ class InferenceConv2d(nn.Module):
         log.info("%s: %s for an input of %s", self.name, self.plans[key], tuple(x.shape))
         return implementation
 
+    @property
+    def weight(self) -> Tensor:
+        """(O, C, K, K): the dense weight, for code that reads it."""
+        return self.operation.weight
+
     def macs(self, output: Tensor) -> int:
         """Multiply-adds of one image whose output is (N, O, H, W)."""
         return self.operation.stripes.numel() * output.shape[-2] * output.shape[-1]
@@ -85,8 +90,9 @@ def for_inference(model: nn.Module, kernel: str = "auto") -> nn.Module:
     of the same shape: choosing a plan cannot be traced.
     """
     model, rectified = _fused(model)
+    borrowed = _read_by_others(model)
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, StripeConv2d):
+        if isinstance(layer, StripeConv2d) and name not in borrowed:
             operation = Operation(
                 layer.pattern, layer.stripes.float(), _bias(layer).float(), layer.stride, layer.padding, name in rectified
             )
@@ -159,7 +165,7 @@ class _Tracer(fx.Tracer):
 def _fuse(model: nn.Module, graph: fx.Graph) -> set[str]:
     """Fold every batch norm into the convolution that it alone follows, and take the ReLUs behind stripe
     convolutions out of the graph; returns the names of those convolutions."""
-    rectified, shared = set(), tied(model)
+    rectified, shared = set(), tied(model).keys() | _owners_read(graph)
     for node in list(graph.nodes):
         layer = _module(model, node)
         if not _is(layer, nn.Conv2d, StripeConv2d) or node.target in shared or not _called_once(model, graph, layer):
@@ -174,6 +180,15 @@ def _fuse(model: nn.Module, graph: fx.Graph) -> set[str]:
             _skip(graph, after, node)
             rectified.add(node.target)
     return rectified
+
+
+def _read_by_others(model: nn.Module) -> set[str]:
+    """The layers whose tensors the traced network uses besides calling them."""
+    return _owners_read(model.graph) if isinstance(model, fx.GraphModule) else set()
+
+
+def _owners_read(graph: fx.Graph) -> set[str]:
+    return {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
 
 
 def _work_in_place(model: nn.Module, graph: fx.Graph) -> None:

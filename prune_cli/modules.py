@@ -3,8 +3,11 @@ class, a hook or a parametrization that makes something else of them than their 
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+
+from prune_cli.evaluation import evaluating
 
 TENSORS = ("weight", "bias", "running_mean", "running_var")  # what is sliced, masked or folded of a layer
 _FORWARD = ("forward", "_conv_forward", "__call__")
@@ -23,7 +26,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def why_not_replaced(module: nn.Module) -> str | None:
     """Why another layer with the same weights would not compute what this one does; None = it would. A training layer
     of ours has a `plain()` form, which does."""
-    if is_parametrized(module) or computed(module):
+    if computed(module):
         return "its weight is computed from other tensors"
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "a hook is attached to it"
@@ -35,9 +38,17 @@ def why_not_replaced(module: nn.Module) -> str | None:
 
 
 def computed(module: nn.Module) -> bool:
-    """Whether a tensor that the module seems to have is made of others each time (weight_norm and the like)."""
-    held = {**module._parameters, **module._buffers}
-    return any(isinstance(getattr(module, name, None), Tensor) and name not in held for name in TENSORS)
+    """Whether a tensor that the module seems to have is made of others each time (weight_norm and the like). It is not
+    looked at: that alone may change what spectral_norm estimates."""
+    made = (isinstance(getattr(type(module), name, None), property) for name in TENSORS)
+    return is_parametrized(module) or any(made) or any(isinstance(vars(module).get(name), Tensor) for name in TENSORS)
+
+
+def weight_shape(module: nn.Module) -> torch.Size | None:
+    """Of its weight, also where that is computed; None where it has none."""
+    with evaluating(module), torch.no_grad():  # a weight that is computed may depend on how often it was in training
+        weight = getattr(module, "weight", None)
+        return weight.shape if isinstance(weight, Tensor) else None
 
 
 def tied(model: nn.Module) -> dict[str, str]:

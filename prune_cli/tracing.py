@@ -7,6 +7,7 @@ word. Here such an operation, which a `ChannelTracker` finds, is a barrier: what
 own, and neither those nor the ones it reads can be removed.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from prune_cli.evaluation import blank_image
 from prune_cli.slicing import block_size, follows
 from prune_cli.tracking import Barrier, ChannelTracker, silenced
+from prune_cli.user_code import what_failed
 
 INPUT = "its channels are those of the network's input"
 OUTPUT = "its channels are the network's output"
@@ -52,7 +55,7 @@ class Trace(tp.DependencyGraph):
             self.build_dependency(
                 model, example, verbose=False, forward_fn=self._forward, output_transform=lambda logits: logits + 0
             )
-        found = {m: self._tracker.pointwise.get(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        found = {m: self._tracker.pointwise.get(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.Linear)}
         self.pointwise = {layer for layer, on_channels in found.items() if on_channels}
         self._astray = {layer for layer, on_channels in found.items() if on_channels is False}
         # Every look at a group computes the indices behind the other nodes anew, which nothing has changed.
@@ -66,6 +69,8 @@ class Trace(tp.DependencyGraph):
             return self._barriers[module]
         if module in self._astray:
             return "a linear layer works along another axis"
+        if module in self._own_weights and not self.is_out_channel_pruning_fn(dep.handler):
+            return f"{type(module).__name__} makes its weight of all inputs"
         if node.grad_fn in self._tracker.hidden:
             return "they are read without a gradient, which cannot be traced"
         if isinstance(module, tp.ops._OutputOp):
@@ -84,7 +89,7 @@ class Trace(tp.DependencyGraph):
     def constant(self, layer: nn.Module, inputs: list[int]) -> str | None:
         """Why the layer would feel that these of its inputs are gone although the layers that write them emit zeros:
         an operation between makes something else of a zero. None = it would not."""
-        heard = self._tracker.constants.get(layer.weight)
+        heard = self._tracker.constants.get(layer._parameters.get("weight"))
         return f"{heard.maker} makes something of a zero" if heard and bool(heard.inputs[inputs].any()) else None
 
     def is_gate(self, layer: nn.Module) -> bool:
@@ -112,12 +117,54 @@ class Trace(tp.DependencyGraph):
             return model(image)
 
     def _trace_computational_graph(self, module2node, output, gradfn2module, reused, visited) -> None:
+        gradfn2module |= self._layers_by_weight(gradfn2module)
         for grad_fn, barrier in self._tracker.barriers.items():
             if grad_fn not in gradfn2module:  # a known layer speaks for itself
                 stand_in = nn.Conv2d(barrier.inputs, barrier.outputs, 1, device="meta")  # where a walk along channels stops
                 self._barriers[stand_in] = barrier.reason
                 gradfn2module[grad_fn] = stand_in
         super()._trace_computational_graph(module2node, output, gradfn2module, reused, visited)
+
+
+    def _layers_by_weight(self, gradfn2module: dict[Any, nn.Module]) -> dict[Any, nn.Module]:
+        """The layers where their weights are used: behind a hook, or in a function, Torch-Pruning would look for them
+        in vain. Those that make another weight of theirs are noted."""
+        found = [module for module in self.model.modules() if writes(module)]
+        owners = {weight: [m for m in found if m._parameters.get("weight") is weight] for weight in self._tracker.weights.values()}
+        layers = {grad_fn: owners[weight][0] for grad_fn, weight in self._tracker.weights.items() if len(owners[weight]) == 1}
+        heard = {module for modules in owners.values() for module in modules}
+        self._own_weights = {m for m in gradfn2module.values() if writes(m)} - heard
+        for grad_fn in [g for g, m in gradfn2module.items() if m in heard and g not in layers and m in layers.values()]:
+            del gradfn2module[grad_fn]
+        return layers
+
+
+class Untraced:
+    """Instead of the graph of a network that cannot be traced: no channels go together, none can be removed.
+
+    reason  why it cannot
+    """
+
+    module2node: dict[nn.Module, Any] = {}
+    pointwise: frozenset[nn.Module] = frozenset()
+
+    def __init__(self, problem: Exception) -> None:
+        self.reason = f"the network cannot be traced ({what_failed(problem)})"
+
+    def get_all_groups(self) -> tuple[()]:
+        return ()
+
+
+def trace(model: nn.Module) -> Trace | Untraced:
+    """How channels flow through the network. Raises what the network does where it does not run at all."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Torch-Pruning's search, which gives up at some depth
+            return Trace(model)
+    except Exception as problem:  # of code that was not written for such networks
+        with torch.no_grad():
+            model(blank_image(model, model.input_shape))
+        return Untraced(problem)
 
 
 def writes(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from prune_cli.modules import computed
 from prune_cli.user_code import running_line
 
 _CONCATENATING = {"cat", "concat", "concatenate"}  # of channels, Torch-Pruning knows which comes from where
@@ -47,10 +48,23 @@ class Constant(NamedTuple):
     maker: str
 
 
+class _Opaque(torch.autograd.Function):
+    """What an operation has made, as one autograd node whatever it did inside: behind it only what it has read."""
+
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, *read: Tensor) -> Tensor:
+        return made.clone()  # a view could not be worked upon in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError("a trace is looked at, nothing is trained by it")
+
+
 class ChannelTracker(TorchFunctionMode):
     """Finds the operations in which channel i does not stay channel i, and what becomes of zeros.
 
     barriers   per autograd node of an operation that moves, mixes or makes channels
+    weights    per autograd node of a convolution or linear map with a parameter as its weight the parameter
     hidden     autograd nodes of what is read where autograd sees nothing
     pointwise  per weight of a linear layer on maps whether it works on their channels, wherever it is called
     constants  per weight of a convolution or linear layer that reads something else than zeros
@@ -63,6 +77,7 @@ class ChannelTracker(TorchFunctionMode):
         super().__init__()
         self._called_by = called_by
         self.barriers: dict[Any, Barrier] = {}
+        self.weights: dict[Any, nn.Parameter] = {}
         self.hidden: set[Any] = set()
         self.pointwise: dict[Tensor, bool] = {}
         self.constants: dict[Tensor, Constant] = {}
@@ -82,20 +97,20 @@ class ChannelTracker(TorchFunctionMode):
             return result
         if isinstance(result, Tensor):
             if result.requires_grad:
-                self._note(name, func, args, kwargs, read, axes, result)
+                result = self._note(name, func, args, kwargs, read, axes, result)
                 self._weigh(name, args, read, loud, result)
             elif not name.startswith("new_") and not name.endswith("_like"):  # these read the shape alone
                 self.hidden.update(t.grad_fn for t in read)
         elif any(t.requires_grad for t in _tensors(result if isinstance(result, (tuple, list)) else ())):
-            return self._in_parts(name, func, args, kwargs, read, axes)
+            return self._in_parts(name, result, read, loud)
         if func.__name__ == "__setitem__" or func.__name__.endswith("_"):
             self._note_written(name, args[0])
         return result
 
     def _note(
         self, name: str, func: Any, args: tuple, kwargs: dict, read: list[Tensor], axes: list[int], result: Tensor
-    ) -> None:
-        """What became of the channels, which were at `axes` of what was read."""
+    ) -> Tensor:
+        """What became of the channels, which were at `axes` of what was read: the result, one node where they end."""
         last = max(axes) > 1 and result.ndim > 2
         if name in _PERMUTING and args:
             order = _order(func, args, kwargs)
@@ -111,13 +126,24 @@ class ChannelTracker(TorchFunctionMode):
         if name == "linear" and read[0].ndim > 2:
             weight = args[1]
             self.pointwise[weight] = axes[0] == read[0].ndim - 1 and self.pointwise.get(weight, True)
-        if last:
-            self._last.add(result.grad_fn)
+        constants = [t for t in _tensors([*args, *kwargs.values()]) if t.grad_fn is None]
         channels = _size(read[0], axes[0]), _size(result, result.ndim - 1 if last else 1)
         if not keeps:
-            self._bar(result, f"{name} moves or mixes channels", *channels)
-        elif any(_differs_by_channel(t, read[0], axes[0]) for t in _tensors([*args, *kwargs.values()]) if t.grad_fn is None):
-            self._bar(result, _MEETS, *channels)
+            result = self._ended(result, f"{name} moves or mixes channels", read, *channels)
+        elif any(_differs_by_channel(t, read[0], axes[0]) for t in constants):
+            result = self._ended(result, _MEETS, read, *channels)
+        if name in _LAYERS and isinstance(args[1], nn.Parameter):
+            self.weights[result.grad_fn] = args[1]
+        if last:
+            self._last.add(result.grad_fn)
+        return result
+
+    def _ended(self, result: Tensor, reason: str, read: list[Tensor], inputs: int, outputs: int) -> Tensor:
+        """The result, behind a barrier; what works in place has written into the tensor that others hold."""
+        if not any(result is tensor for tensor in read):
+            result = _Opaque.apply(result.detach(), *read)
+        self._bar(result, reason, inputs, outputs)
+        return result
 
     def _weigh(self, name: str, args: tuple, read: list[Tensor], loud: list[Any], result: Tensor) -> None:
         """What became of zeros: `loud` are the autograd nodes of what was read and is not zero."""
@@ -134,17 +160,19 @@ class ChannelTracker(TorchFunctionMode):
             inputs = inputs | self.constants[weight].inputs
         self.constants[weight] = Constant(inputs, maker)
 
-    def _in_parts(
-        self, name: str, func: Any, args: tuple, kwargs: dict, read: list[Tensor], axes: list[int]
-    ) -> tuple[Tensor, ...] | list[Tensor]:
-        """The parts that an operation makes of a tensor, whose channels end before it."""
-        if not args or read[0] is not args[0]:
-            self.hidden.update(t.grad_fn for t in read)
-            return func(*args, **kwargs)
-        self.hidden.update(t.grad_fn for t in read[1:] if t is not read[0])
-        whole, channels = read[0] + 0, _size(read[0], axes[0])
-        self._bar(whole, f"{name} moves or mixes channels", channels, channels)
-        return func(*(whole if argument is read[0] else argument for argument in args), **kwargs)
+    def _in_parts(self, name: str, parts: Any, read: list[Tensor], loud: list[Any]) -> Any:
+        """The parts that an operation makes of what it has read, whose channels end there."""
+        made = []
+        for part in parts:
+            if isinstance(part, (tuple, list)):
+                part = self._in_parts(name, part, read, loud)
+            elif isinstance(part, Tensor) and part.requires_grad:
+                channels = _size(part, min(1, part.ndim - 1))
+                part = self._ended(part, f"{name} moves or mixes channels", read, _size(read[0], 1), channels)
+                if bool(part.any()):
+                    self._makers[part.grad_fn] = self._makers[loud[0]] if loud else name
+            made.append(part)
+        return made if type(parts) is list else type(parts)(made)
 
     def _note_written(self, name: str, written: Tensor) -> None:
         """What is assigned to a part of a tensor has no channels that could be followed."""
@@ -179,7 +207,8 @@ class ChannelTracker(TorchFunctionMode):
 def silenced(model: nn.Module) -> Iterator[None]:
     """Meanwhile every convolution, linear layer and norm emits zeros: weights, biases, and the means that norms
     subtract. The tensors come back untouched."""
-    layers = [module for module in model.modules() if isinstance(module, (_ConvNd, nn.Linear, _NormBase, *_MIXING_NORMS))]
+    kinds = (_ConvNd, nn.Linear, _NormBase, *_MIXING_NORMS)
+    layers = [module for module in model.modules() if isinstance(module, kinds) and not computed(module)]
     tensors = {t for layer in layers for t in (*layer.parameters(), *layer.buffers()) if t is not getattr(layer, "running_var", None)}
     before = {tensor: tensor.data for tensor in tensors if tensor.is_floating_point()}
     try:
@@ -207,7 +236,9 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 def _keeps_channels(read: list[Tensor], axes: list[int], result: Tensor, axis: int) -> bool:
     """Whether the shapes say that channel i of the result, at `axis`, is made of channel i of what was read, or of
     its pixels behind a flatten."""
-    if result.ndim < 2 or any(t.ndim < 2 for t in read):
+    both = [(tensor, axis) for tensor, axis in zip(read, axes, strict=True) if tensor.numel() > 1]  # scalars scale all
+    read, axes = [tensor for tensor, _ in both], [axis for _, axis in both]
+    if result.ndim < 2 or not read or any(t.ndim < 2 for t in read):
         return False
     whole = result.ndim == 2 and len(read) == 1 and axes == [1] and result.shape[1] == read[0][0].numel()
     return whole or all(t.shape[a] == result.shape[axis] for t, a in zip(read, axes, strict=True))

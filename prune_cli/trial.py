@@ -189,4 +189,4 @@ def _described(name: str, module: nn.Module) -> tuple:
     held = {**module._parameters, **module._buffers}
     shapes = tuple((n, tuple(t.shape)) for n, t in held.items() if t is not None)
     simple = tuple((n, repr(v)) for n, v in vars(module).items() if n != "training" and isinstance(v, _SIMPLE))
-    return name, type(module), shapes, simple, tuple(module._modules)
+    return name, type(module), shapes, simple, tuple(module._modules.keys())

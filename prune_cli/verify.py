@@ -50,12 +50,13 @@ def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """What every layer with parameters emits, in order of execution; "" is the network. A layer that emits no tensor
     (an LSTM) is left to those that read it."""
     outputs: dict[str, Tensor] = {}
-    names = {module: name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))}
+    layers = {name: module for name, module in model.named_modules() if name and not isinstance(module, torch.jit.ScriptModule)}
+    names = {module: name for name, module in layers.items() if list(module.parameters(recurse=False))}
 
     def note(layer: nn.Module, _, output: Tensor) -> None:
         if isinstance(output, Tensor) and output.ndim > 1:
             # A copy: behind a scatter, an activation that works in place no longer works upon this tensor.
             outputs.setdefault(names[layer], output.clone())
 
-    result = observe(model, x, names, note)
-    return {**outputs, "": result}
+    observe(model, x, names, note)
+    return {**outputs, "": observe(model, x, (), note)}  # some layers compute in another way where nobody listens

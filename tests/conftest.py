@@ -32,6 +32,12 @@ def _composed(composer):
     return cache(lambda *overrides: composer.compose(overrides))  # many tests want the same one
 
 
+@pytest.fixture(scope="session")
+def compose_once(_composed):
+    """Compose a config as the command line does, for tests that neither change it nor run it."""
+    return _composed
+
+
 @pytest.fixture
 def compose(_composed, tmp_path):
     """Compose a config as the command line does, with the store and the data in a temporary folder."""

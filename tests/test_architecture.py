@@ -43,7 +43,8 @@ LAYERS = [
     ["masks", "layers", "datasets", "foreign", "plain"],
     ["kernels"],
     ["published"],
-    ["environment", "modules", "precision", "seeding", "targets", "timing", "user_code", "vision"],
+    ["environment", "precision", "seeding", "targets", "timing", "user_code", "vision"],
+    ["modules"],
     ["settings", "evaluation"],
     ["errors"],
 ]

@@ -71,6 +71,7 @@ def plan_of(experiment) -> Plan:
     from prune_cli import surgery
     from prune_cli.budget import Budget
     from prune_cli.metrics.macs import count_parameters, layer_macs
+    from prune_cli.modules import weight_shape
     from prune_cli.prunable import weighted
     from prune_cli.trial import channel_graph
 
@@ -93,7 +94,7 @@ def plan_of(experiment) -> Plan:
         keep = masks.keep.get(name)
         found.append(
             Line(
-                name, _shape(layer.weight), shared.get(name, ""),
+                name, _shape(weight_shape(layer)), shared.get(name, ""),
                 None if keep is None else (int((~keep).sum()), keep.numel()),
                 (count_parameters(layer), count_parameters(small.model.get_submodule(new))),
                 (before.get(name, 0), after.get(new, 0)), skipped.get(name, ""),
@@ -145,8 +146,8 @@ def show(plan: Plan, experiment) -> None:
         print(note)
 
 
-def _shape(weight) -> str:
-    return "x".join(map(str, weight.shape))
+def _shape(sizes) -> str:
+    return "x".join(map(str, sizes))
 
 
 def _change(pair: tuple[int, int]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prune_cli.evaluation import blank_image, observe
 from prune_cli.metrics.products import has_products, own_products
+from prune_cli.modules import weight_shape
 
 
 @runtime_checkable
@@ -81,14 +82,13 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_own_parameters(module: nn.Module) -> int:
     """Of a layer all; of a module that holds others, those that are no other's."""
-    weight = getattr(module, "weight", None)
-    return sum(parameter.numel() for parameter in module.parameters(recurse=isinstance(weight, Tensor)))
+    return sum(parameter.numel() for parameter in module.parameters(recurse=weight_shape(module) is not None))
 
 
 def count_stripes(layer: nn.Module) -> int:
     """Filters x kernel positions of a convolution, what a skeleton has; 0 for other layers."""
-    weight = getattr(layer, "weight", None)
-    return weight.shape[0] * math.prod(weight.shape[2:]) if isinstance(weight, Tensor) and weight.ndim == 4 else 0
+    shape = weight_shape(layer)
+    return shape[0] * math.prod(shape[2:]) if shape is not None and len(shape) == 4 else 0
 
 
 def count_nonzero(model: nn.Module) -> int:

@@ -52,6 +52,8 @@ def own_products(model: nn.Module, x: Tensor, known: Collection[nn.Module]) -> d
 
 def _outside(module: nn.Module, known: Collection[nn.Module]) -> list[nn.Module]:
     """The known layers and all modules around them; what lies inside one (a parametrization) is part of it."""
+    if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it executes is its parent's
+        return []
     if module in known:
         return [module]
     inner = (found for child in module.children() for found in _outside(child, known))

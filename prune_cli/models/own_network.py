@@ -34,7 +34,11 @@ def check(model: Any, where: str, channels: int, resolution: int, classes: int) 
 def _check_training(model: nn.Module, images: Tensor, classes: int, where: str) -> None:
     with torch.enable_grad():
         scores = _answers(model.train(), images, where)
-    _check_scores(scores, classes, f"{where}: in training mode")
+        _check_scores(scores, classes, f"{where}: in training mode")
+        try:
+            scores.sum().backward()
+        except RuntimeError as problem:
+            raise UserError(f"{where}: cannot be trained ({one_line(problem)})") from problem
     _copied(model, where)
 
 
