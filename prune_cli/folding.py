@@ -8,7 +8,7 @@ padded depthwise convolution does at the border need no rules here.
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,7 @@ def fold(graph: ChannelGraph, dead: Sequence[tuple[ChannelGroup, list[int]]], al
         places = {channel: _reading(graph, group, [channel]) for channel in channels}
         gated = _gated(graph, group)
         fate = {channel: GATED if gated else readers.fate(inputs) for channel, inputs in places.items()}
+        fate |= _of_blocks(fate, group.block)
         for channel in (channel for channel in channels if fate[channel] == FOLDED):
             for reader, inputs in places[channel].items():
                 if readers.fate({reader: inputs}) == FOLDED:  # behind another norm it may have none
@@ -93,6 +94,12 @@ def fold(graph: ChannelGraph, dead: Sequence[tuple[ChannelGroup, list[int]]], al
         dropped.append((group, [channel for channel in channels if fate[channel] not in (FOLDED, SILENT)]))
     shares = tuple(readers.share(reader, places) for reader, places in taken.items())
     return Folding(shares, tuple(dropped), (_note(fates),) if fates.total() else ())
+
+
+def _of_blocks(fate: Mapping[int, str], block: int) -> dict[int, str]:
+    """Where a grouped convolution mixes blocks of channels: one that loses its constant changes those of its block."""
+    lost = {channel // block: why for channel, why in fate.items() if why not in (FOLDED, SILENT)}
+    return {channel: lost[channel // block] for channel in fate if channel // block in lost}
 
 
 class _Readers:

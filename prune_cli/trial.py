@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from prune_cli.channels import ChannelGraph
 from prune_cli.cutting import PACKED, cut_in_place, mask_in_place
-from prune_cli.evaluation import random_images
+from prune_cli.evaluation import observe, random_images
 from prune_cli.layers.stripe import unpackable
 from prune_cli.masks import UNIT_AXES, Masks
 from prune_cli.plain import plain
@@ -82,7 +82,12 @@ def _refused(model: nn.Module, removal: Removal) -> dict[tuple[str, ...], str]:
             settle(attempts[: len(attempts) // 2])
             settle(attempts[len(attempts) // 2 :])
 
-    if attempts := list(_ATTEMPTS[removal](model)):
+    attempts = list(_ATTEMPTS[removal](model))
+    if removal in PACKED:  # another layer in its place would go unused
+        never = _never_called(model)
+        refused |= dict.fromkeys((a.names for a in attempts if a.names[0] in never), "the network never calls it")
+        attempts = [attempt for attempt in attempts if attempt.names not in refused]
+    if attempts:
         settle(attempts)
     return refused
 
@@ -124,6 +129,13 @@ def _packings(unit: str) -> Callable[[nn.Module], Iterator[_Attempt]]:
 _ATTEMPTS: Mapping[Removal, Callable[[nn.Module], Iterator[_Attempt]]] = {
     "channel": _channels, "filter": _filters, "selection": _selections, **{unit: _packings(unit) for unit in PACKED},
 }  # fmt: skip
+
+
+def _never_called(model: nn.Module) -> set[str]:
+    layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    called: set[str] = set()
+    observe(model, random_images(model), layers, lambda layer, inputs, output: called.add(layers[layer]))
+    return set(layers.values()) - called
 
 
 def _every_other(count: int) -> Tensor:

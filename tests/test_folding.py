@@ -8,6 +8,7 @@ import torch
 from fitting import same_state, workshop_of
 from safetensors.torch import load_file
 from test_surgery import compared, every_network, images, off_by
+from tiny import randomise
 from toys import network, random_masks
 from torch import nn
 
@@ -16,6 +17,7 @@ from prune_cli.build import build
 from prune_cli.commands.plan import plan_of
 from prune_cli.errors import StageError, UserError
 from prune_cli.masks import Masks
+from prune_cli.methods.fp import FilterPruning
 from prune_cli.models.spec import ModelSpec
 from prune_cli.pipeline import run
 from prune_cli.report.stages import sentences
@@ -248,3 +250,13 @@ def test_a_plan_verifies_the_method_s_choice(compose, monkeypatch):
 def test_there_is_no_third_choice(compose):
     with pytest.raises(UserError, match=r"^method\.constant=keep: .*allowed: drop, fold"):
         build(compose("method=fp", "method.constant=keep"))
+
+
+@pytest.mark.parametrize("seed", [3, 21])
+def test_a_block_of_a_grouped_convolution_leaves_its_constants_together_or_not_at_all(seed):
+    """What one channel of a block loses changes what the others would go on emitting."""
+    torch.manual_seed(seed)
+    model = randomise(ModelSpec("resnext", "written.blocks.ResNeXt").build(3, 8, 4))
+    method = FilterPruning(coupled="joint", constant="fold")
+    masked, small = surgery.masked_and_cut(model, method.prune(randomise(model, 1), 0.5), "fold")
+    surgery.verify(masked, small)

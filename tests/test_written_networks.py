@@ -26,6 +26,11 @@ def spec(network) -> ModelSpec:
     return ModelSpec(network.__name__, f"{network.__module__}.{network.__name__}")
 
 
+def built(network):
+    torch.manual_seed(0)
+    return randomise(spec(network).build(3, 8, 4))
+
+
 @pytest.fixture(scope="module")
 def methods(compose_once):
     """Every method, and those settings of theirs that reach other layers."""
@@ -38,7 +43,7 @@ def methods(compose_once):
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)
 def test_layers_that_are_pruned(network):
-    model = randomise(spec(network).build(3, 8, 4))
+    model = built(network)
     try:
         prunable = FilterPruning(coupled="joint").prunable(model)
     except UserError:
@@ -51,7 +56,7 @@ def test_layers_that_are_pruned(network):
 def test_every_method_prunes_losslessly_or_not_at_all(network, methods, tmp_path, monkeypatch):
     monkeypatch.setattr("prune_cli.kernels.plan.SCREENING", 0)
     monkeypatch.setattr("prune_cli.kernels.plan.FINAL", 0)
-    model = randomise(spec(network).build(3, 8, 4))
+    model = built(network)
     for method in methods:
         try:
             method.prunable(model)
