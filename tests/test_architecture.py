@@ -40,7 +40,7 @@ LAYERS = [
     ["masks", "layers", "datasets", "foreign"],
     ["kernels"],
     ["published"],
-    ["environment", "precision", "seeding", "targets", "timing", "vision"],
+    ["environment", "external_files", "precision", "seeding", "targets", "timing", "vision"],
     ["settings", "evaluation"],
     ["errors"],
 ]
