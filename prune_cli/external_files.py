@@ -14,11 +14,13 @@ def unreadable(path: Path | str) -> str | None:
     """
     if problem := _unreachable(path):
         return problem
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
         return "is a folder, not a file"
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(found.st_mode):
         return "is a pipe, a socket or a device, not a file"
+    if not found.st_size:
+        return "is empty"
     return None if os.access(path, os.R_OK) else "cannot be read (Permission denied)"
 
 

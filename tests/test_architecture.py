@@ -38,6 +38,7 @@ LAYERS = [
     ["slicing"],
     ["models"],
     ["masks", "layers", "datasets", "foreign"],
+    ["weight_files", "weight_names"],
     ["kernels"],
     ["published"],
     ["environment", "external_files", "precision", "seeding", "targets", "timing", "vision"],
