@@ -138,7 +138,7 @@ def test_a_file_may_hold_another_format_than_it_is_named_for_but_no_program(deco
     eps = saved(Image.fromarray(RAMP), "EPS")
     with pytest.raises(UserError) as problem:
         decoded(eps)
-    sentence(problem, str(tmp_path / "x.png"), "cannot identify image file")
+    sentence(problem, str(tmp_path / "x.png"), "it is none of BMP, GIF")
 
 
 def test_more_pixels_than_pillow_decodes_are_refused_with_its_reason(decoded):

@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from prune_cli.datasets.files import ImageFiles
@@ -32,7 +32,9 @@ def open_image(files: ImageFiles, index: int, channels: int) -> Image.Image:
             with contextlib.suppress(Exception):  # metadata are damaged more often than pixels
                 ImageOps.exif_transpose(image, in_place=True)
     except Exception as problem:  # whatever the parsers of a dozen formats trip over
-        why = unreadable(path) or f"cannot be decoded as an image ({one_line(problem)})"
+        unknown = isinstance(problem, UnidentifiedImageError)  # which would name the file once more
+        reason = f"it is none of {', '.join(FORMATS)}" if unknown else one_line(problem)
+        why = unreadable(path) or f"cannot be decoded as an image ({reason})"
         raise UserError(f"{files.name}: {path} {why}; replace it or remove it") from problem
     grey = _grey(image)
     if grey is None and image.mode not in EIGHT_BITS:
