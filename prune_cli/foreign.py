@@ -52,8 +52,8 @@ def _by_name(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], path: str
         found = prefixes(view.tensors, groups)
         if len(found) > 1 and found[0]:
             raise UserError(
-                f"model.checkpoint={path}: holds the network's tensors {len(found)} times, behind {' and '.join(found)}; "
-                "save the network's state_dict() alone"
+                f"model.checkpoint={path}: holds the network's tensors {len(found)} times, behind "
+                f"{' and '.join(found)}; save the network's state_dict() alone"
             )
         if found:
             names = [[found[0] + our for our in group if found[0] + our in view.tensors] for group in groups]
@@ -78,8 +78,8 @@ def _check_tied(theirs: Mapping[str, Tensor], names: list[list[str]], path: str)
         for other in others:
             if not torch.equal(theirs[first], theirs[other]):
                 raise UserError(
-                    f"model.checkpoint={path}: its {first} and {other} differ, and are one tensor in the network; choose "
-                    "the model that was trained"
+                    f"model.checkpoint={path}: its {first} and {other} differ, and are one tensor in the network; "
+                    "choose the model that was trained"
                 )
 
 

@@ -143,7 +143,7 @@ class Journal:
         self._print(sentence)
 
     def _print(self, line: str, style: str = "") -> None:
-        # As Text: brackets in a sentence are no markup. Unwrapped: paths can be copied. Names of files may be any bytes.
+        # As Text: brackets in a sentence are no markup. Unwrapped: paths can be copied. These may be any bytes.
         line = line.encode(errors="backslashreplace").decode()
         self.console.print(Text(line, style=style), soft_wrap=True)
 

@@ -138,8 +138,8 @@ def _check(weights: Mapping[str, Tensor], path: str) -> None:
     if sum(sizes.values()) > SLACK + RATIO * os.path.getsize(path):
         largest = max(sizes, key=sizes.__getitem__)
         raise UserError(
-            f"model.checkpoint={path}: its tensors take {sum(sizes.values()) / 2**30:.1f} GiB, {largest} the most, more "
-            f"than {RATIO} times the file; no network was trained with them"
+            f"model.checkpoint={path}: its tensors take {sum(sizes.values()) / 2**30:.1f} GiB, {largest} the most, "
+            f"more than {RATIO} times the file; save the network's state_dict() alone"
         )
 
 

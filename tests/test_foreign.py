@@ -21,7 +21,7 @@ from prune_cli.foreign import fill, read_weights
 from prune_cli.models.spec import ModelSpec
 from prune_cli.pipeline import run
 
-RESNET = "prune_cli.models.resnet.CifarResNet"
+RESNET, TINY = "prune_cli.models.resnet.CifarResNet", "tiny.TinyResNet"
 
 
 def load_foreign(model, path: str) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ FORMS = {
     "in another order behind a prefix": lambda state: behind("backbone.net.", {k: state[k] for k in sorted(state)}),
     "compiled on several GPUs": lambda state: behind("_orig_mod.module.", state),
     "parts of it wrapped": lambda state: {
-        name.replace("layer1.", "layer1._orig_mod.").replace("layer2.", "layer2.module."): t for name, t in state.items()
+        name.replace("block1.", "block1._orig_mod.").replace("block2.", "block2.module."): t for name, t in state.items()
     },
     "averaged": lambda state: {"n_averaged": torch.tensor(5), **behind("module.", state)},
     "a moving average alone": lambda state: {"epoch": 1, "state_dict_ema": state},
@@ -77,7 +77,7 @@ OBJECTS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("suffix", [".pth.tar", ".t7", ".safetensors"])
 def test_the_weights_arrive(form, suffix, tmp_path):
-    trained, model = network(RESNET, depth=20), randomise(network(RESNET, depth=20), seed=7)
+    trained, model = network(TINY), randomise(network(TINY), seed=7)
     path, content = str(tmp_path / f"checkpoint{suffix}"), FORMS[form](trained.state_dict())
     if suffix == ".safetensors":
         while inner := next((v for v in content.values() if isinstance(v, dict) and "optimizer" not in v), None):
@@ -98,7 +98,7 @@ def test_the_weights_arrive(form, suffix, tmp_path):
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("form", OBJECTS)
 def test_the_weights_arrive_from_among_other_things(form, tmp_path):
-    trained, model = randomise(network(RESNET, depth=20)), network(RESNET, depth=20)
+    trained, model = randomise(network(TINY)), network(TINY)
     load_foreign(model, saved(tmp_path, OBJECTS[form](trained)))
     assert all(torch.equal(model.state_dict()[name], t) for name, t in without_counters(trained.state_dict()).items())
 
@@ -185,11 +185,11 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed(content, sentence, 
 
 
 def test_what_else_is_in_the_file_is_noted(tmp_path):
-    state = network(RESNET, depth=20).state_dict()
-    assert load_foreign(network(RESNET, depth=20), saved(tmp_path, state)) == ()
-    more = {f"{name.rpartition('.')[0]}.total_ops": torch.zeros(1) for name in list(state)[:30]}
-    (note,) = load_foreign(network(RESNET, depth=20), saved(tmp_path, behind("model.", {**state, **more, "aux.weight": torch.ones(2)})))
-    assert re.fullmatch(r"Not in the network and not used: \d+ of the .* \(model\.conv1\.total_ops, .* and \d+ more\)\.", note)
+    state = network(TINY).state_dict()
+    assert load_foreign(network(TINY), saved(tmp_path, state)) == ()
+    more = {f"{name.rpartition('.')[0]}.total_ops": torch.zeros(1) for name in list(state)[:12]}
+    (note,) = load_foreign(network(TINY), saved(tmp_path, behind("model.", {**state, **more, "aux.weight": torch.ones(2)})))
+    assert re.fullmatch(r"Not in the network and not used: \d+ of the .* \(model\.stem\.0\.total_ops, .* and \d+ more\)\.", note)
 
 
 class Tied(nn.Module):

@@ -30,12 +30,12 @@ DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZip
 
 def recall_pixels(path: Path, shapes: list[tuple[int, ...]]) -> list[Tensor] | None:
     """The training and test pixels kept in `path`, None when it is absent, damaged or holds something else."""
-    problem = unreadable(path)
-    if problem == "does not exist":
+    reason = unreadable(path)
+    if reason == "does not exist":
         return None
     try:
-        if problem or inflates(path):
-            raise ValueError(problem or "it says it unpacks to more than its size")
+        if reason or inflates(path):
+            raise ValueError(reason or "it says that it unpacks to more than its size")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = [stored["train"], stored["test"]]
     except DAMAGED as problem:

@@ -11,7 +11,7 @@ from prune_cli.datasets.files import ImageFiles
 from prune_cli.errors import UserError, one_line
 from prune_cli.external_files import unreadable
 
-# What a file may hold, whatever its name ends in. Not all that Pillow reads: it runs Ghostscript on what begins like EPS.
+# What a file may hold, whatever its name ends in. Not all that Pillow reads: on what begins like EPS it runs a program.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # Pillow's modes of 8 bits or less, which its `convert` brings to grey and to RGB without loss of range.
 EIGHT_BITS = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB"})

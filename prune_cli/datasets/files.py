@@ -47,7 +47,7 @@ def scan(root: Path, name: str) -> ImageFiles:
     be listed, an image that is no file or a link that leads nowhere.
     """
     passed_over: Counter[str] = Counter()
-    entries = [entry for entry in _listed(str(root), name) if not entry.name.startswith(".")]
+    entries = [entry for entry in _looked_into(str(root), name)[1] if not entry.name.startswith(".")]
     classes = sorted(entry.name for entry in entries if os.path.isdir(entry))
     if not classes:
         raise UserError(f"{name}: {root} has no class folders; it needs one folder of images per class")
@@ -64,14 +64,15 @@ def scan(root: Path, name: str) -> ImageFiles:
 
 def _images_below(folder: Path, name: str, passed_over: Counter[str]) -> Iterator[str]:
     """Paths relative to `folder`; what is passed over is counted."""
-    above = {_identity(parent) for at in (folder.absolute(), folder.resolve()) for parent in at.parents}
-    waiting, start = [(str(folder), above)], len(str(folder)) + 1
+    parents = {_identity(parent) for at in (folder.absolute(), folder.resolve()) for parent in at.parents}
+    waiting, start = [(str(folder), parents)], len(str(folder)) + 1
     while waiting:
         where, above = waiting.pop()
-        if (here := _identity(where)) in above:
+        here, entries = _looked_into(where, name)
+        if here in above:
             passed_over["links to a folder above them"] += 1
             continue
-        for entry in _listed(where, name):
+        for entry in entries:
             if _is_image(entry.name) and _is_file(entry):
                 yield entry.path[start:].replace(os.sep, "/")
             elif os.path.isdir(entry):
@@ -82,10 +83,11 @@ def _images_below(folder: Path, name: str, passed_over: Counter[str]) -> Iterato
                 passed_over[_kind(entry.path)] += 1
 
 
-def _listed(folder: str, name: str) -> list[os.DirEntry[str]]:
+def _looked_into(folder: str, name: str) -> tuple[tuple[int, int], list[os.DirEntry[str]]]:
+    """Which folder it is, and what is in it."""
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            return _identity(folder), list(entries)
     except OSError as problem:
         raise UserError(f"{name}: the folder {folder} cannot be read ({problem.strerror})") from problem
 
@@ -154,7 +156,7 @@ def _subfolder(folder: Path, name: str, *names: str) -> Path:
             return found
     for there in (folder, *(folder / wanted for wanted in names)):  # what stands in the way, if anything does
         if (problem := not_a_folder(there)) not in (None, "does not exist"):
-            raise UserError(f"{name}: {there} {problem}; it must hold one folder of images per class, or train/ and test/")
+            raise UserError(f"{name}: {there} {problem}; there must be train/ and test/, with a folder per class")
     raise UserError(
         f"{name}: there is no folder {' or '.join(names)} in {folder}; put one folder of images per class there, "
         f"or set dataset.path, runtime.data_root or PRUNE_DATA"

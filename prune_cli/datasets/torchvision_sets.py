@@ -56,7 +56,8 @@ PUBLISHED = {
 }
 # What torchvision's parsers raise for files that are not what their names say.
 UNREADABLE = (
-    OSError, ValueError, TypeError, KeyError, AssertionError, EOFError, RuntimeError, MemoryError, pickle.UnpicklingError,
+    OSError, ValueError, TypeError, KeyError, AssertionError, EOFError, RuntimeError, MemoryError,
+    pickle.UnpicklingError,
 )  # fmt: skip
 
 
