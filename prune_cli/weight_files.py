@@ -90,8 +90,8 @@ def _why(problem: Exception) -> str:
 
 
 def _state_dict(loaded: Any, seen: set[int]) -> dict[str, Tensor]:
-    """The tensors of the first of NESTED that holds any; else of what holds the most, the mapping itself or one in it.
-    seen: the mappings that were looked into, some of which may lie in themselves."""
+    """The tensors of the first of NESTED that holds any; else those in the mapping itself, or, where these are only
+    counters, in that of its mappings which holds the most. seen: the mappings that were looked into already."""
     if isinstance(loaded, Inert):
         return _of_network(loaded)
     if not isinstance(loaded, Mapping) or id(loaded) in seen:
@@ -99,11 +99,12 @@ def _state_dict(loaded: Any, seen: set[int]) -> dict[str, Tensor]:
     seen.add(id(loaded))
     inner = {key: value for key, value in loaded.items() if isinstance(key, str)}
     for key in NESTED:
-        if found := _state_dict(inner.pop(key, None), seen):
+        if found := _state_dict(inner.get(key), seen):
             return found
     own = {name: value for name, value in inner.items() if isinstance(value, Tensor) and not value.is_nested}
-    others = [_state_dict(value, seen) for value in inner.values() if not isinstance(value, Tensor)]
-    return max([own, *others], key=len)
+    if any(tensor.numel() > 1 for tensor in own.values()):
+        return own
+    return max([own, *(_state_dict(value, seen) for value in inner.values())], key=len)
 
 
 def _of_network(network: Inert) -> dict[str, Tensor]:

@@ -67,6 +67,7 @@ FORMS = {
 OBJECTS = {
     "with arguments": lambda net: {"args": argparse.Namespace(lr=0.1), "state_dict": net.state_dict()},
     "with numpy's numbers": lambda net: {"best": np.float64(93.8), "curve": np.ones(3), "state_dict": net.state_dict()},
+    "beside tensors in a dictionary": lambda net: {**net.state_dict(), "curves": {str(n): torch.ones(9) for n in range(99)}},
     "a whole network": lambda net: net,
     "a whole network on several GPUs, nested": lambda net: {"net": nn.DataParallel(net), "acc": 1.0},
     "sparse": lambda net: {k: t.to_sparse() if t.ndim == 4 else t for k, t in net.state_dict().items()},
@@ -209,6 +210,13 @@ def test_of_a_tensor_with_two_names_one_is_enough_and_two_must_agree(tmp_path):
         assert torch.equal(model.one.weight, value) and model.one.weight is model.other.weight
     with pytest.raises(UserError, match=r"one\.weight and other\.weight differ, and are one tensor"):
         load_foreign(Tied(), saved(tmp_path, {"one.weight": value, "other.weight": value + 1}))
+
+
+def test_a_tensor_may_be_called_as_what_holds_a_state_dict(tmp_path):
+    model = nn.Module()
+    model.net = nn.Parameter(torch.zeros(3))
+    assert load_foreign(model, saved(tmp_path, {"net": torch.ones(3)})) == ()
+    assert torch.equal(model.net, torch.ones(3))
 
 
 def test_a_network_without_tensors_takes_none(tmp_path):
