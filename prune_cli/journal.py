@@ -143,7 +143,8 @@ class Journal:
         self._print(sentence)
 
     def _print(self, line: str, style: str = "") -> None:
-        # As Text: brackets in a sentence are no markup. Unwrapped: paths can be copied.
+        # As Text: brackets in a sentence are no markup. Unwrapped: paths can be copied. These may be any bytes.
+        line = line.encode(errors="backslashreplace").decode()
         self.console.print(Text(line, style=style), soft_wrap=True)
 
     def _values(self, stage: str, epochs: Sequence[Mapping[str, float]], first: int = 1) -> None:
@@ -220,7 +221,7 @@ class StageJournal:
 
 def _log_file(path: Path) -> logging.Handler:
     """Where our messages, and the warnings of all libraries, are written."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 

@@ -120,7 +120,10 @@ def _record(shop: Workshop, made: list[Made], latency: dict[str, tuple[Latency, 
         unit=pruned["unit"],
         requested=pruned["requested"],
         obtained=pruned["obtained"],
-        notes=tuple(_numbered(note, cut.round, rounds) for cut in cuts for note in cut.artifact.result["notes"]),
+        notes=(
+            *dense.get("notes", ()),  # about weights from a checkpoint
+            *(_numbered(note, cut.round, rounds) for cut in cuts for note in cut.artifact.result["notes"]),
+        ),
         stages=tuple(_stage_result(m, latency.get(m.name, ()), rounds) for m in made),
         machine=machine(str(shop.device)),
         versions=versions(),

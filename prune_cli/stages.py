@@ -81,8 +81,8 @@ def _dense_from(shop: Workshop, checkpoint: str) -> Made:
 
     def make(folder: Path, _: Partial) -> Mapping[str, Any]:
         model = shop.untrained()
-        fill(model, weights, checkpoint)
-        return _describe(shop, folder, model, model)
+        notes = fill(model, weights, checkpoint)
+        return {**_describe(shop, folder, model, model), "notes": notes}
 
     return shop.produced("dense", {**shop.common, "checkpoint": content_hash(weights)}, make)
 

@@ -74,6 +74,14 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def folder(tmp_path):
+    """A data root with a folder of images, see `folders.mixed`."""
+    from folders import mixed
+
+    return mixed(tmp_path)
+
+
+@pytest.fixture
 def my_net(tmp_path, monkeypatch):
     """The folder of README's worked example of a user's own network, which is the current one."""
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -1,6 +1,5 @@
 """Every data set: what it yields, that only the seed decides it, and what it says when it cannot."""
 
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from prune_cli.datasets.digits import FILE, Digits
 from prune_cli.datasets.subsets import partition, stratified
 from prune_cli.datasets.synthetic import Synthetic
 from prune_cli.datasets.tensors import Images, Normalisation, TensorSplit, mirror, random_crop
-from prune_cli.datasets.torchvision_sets import TorchvisionSet
 from prune_cli.errors import UserError
 from prune_cli.settings import typed
 from prune_cli.targets import resolve
@@ -201,63 +199,3 @@ def test_synthetic_content_decides_its_fingerprint():
     with pytest.raises(UserError) as problem:
         load(Synthetic("s", **GREY, train_size=5), "")
     sentence(problem, "train_size=5", "classes=10")
-
-
-# --- torchvision --------------------------------------------------------------------------------
-
-FASHION = TorchvisionSet("fashion_mnist", **GREY, source="FashionMNIST")
-
-
-@pytest.fixture
-def fashion(tmp_path):
-    """Data root with a Fashion-MNIST of 6 training and 3 test images, in the format of the original."""
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part, count in (("train", 6), ("t10k", 3)):
-        pixels = (np.arange(count * 784) % 251).astype(np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(range(count)))
-    return tmp_path
-
-
-def test_fashion_mnist_is_read_by_torchvision(fashion):
-    splits = load(FASHION, fashion)
-    assert (len(splits.train), len(splits.test), splits.channels, splits.resolution) == (6, 3, 1, 28)
-    assert splits.train.pixels.flatten()[:300].tolist() == [i % 251 for i in range(300)]
-    assert splits.test.labels.tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    "file, keep", [("train-images-idx3-ubyte", 500), ("t10k-labels-idx1-ubyte", 9), ("t10k-labels-idx1-ubyte", 2)]
-)
-def test_a_truncated_file_is_a_sentence(fashion, file, keep):
-    path = fashion / "FashionMNIST/raw" / file
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError) as problem:
-        load(FASHION, fashion)
-    sentence(problem, "fashion_mnist", str(path.parent), "delete them")
-
-
-@pytest.mark.parametrize("source", ["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "SVHN"])
-def test_missing_and_no_network_is_a_sentence(source, tmp_path, monkeypatch, capfd):
-    def no_network(*_, **__):
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with pytest.raises(UserError) as problem:
-        load(TorchvisionSet("mine", **GREY, source=source), tmp_path)
-    sentence(problem, "mine: not found", str(tmp_path), "Network is unreachable", "PRUNE_DATA")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_layouts_of_torchvision_become_one():
-    from prune_cli.datasets.torchvision_sets import _images
-
-    class Cifar:
-        data, targets = np.zeros((2, 32, 30, 3), np.uint8), [1, 0]
-
-    class Svhn:
-        data, labels = np.zeros((2, 3, 32, 30), np.uint8), np.array([1, 0])
-
-    assert _images(Cifar).pixels.shape == _images(Svhn).pixels.shape == (2, 3, 32, 30)
-    assert _images(Cifar).labels.tolist() == [1, 0]

@@ -152,6 +152,15 @@ def test_notes_and_warnings(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_the_name_of_a_file_that_is_no_text_is_shown_and_logged(tmp_path):
+    name = os.fsdecode(b"bild-\xff.png")
+    out = Console(file=io.TextIOWrapper(io.BytesIO(), "utf-8"), width=100)
+    with Journal(tmp_path, out) as journal:
+        journal.warn(name)
+    out.file.seek(0)
+    assert "bild-\\udcff.png" in out.file.read() and "bild-\\udcff.png" in (tmp_path / "run.log").read_text()
+
+
 def test_histograms_of_what_is_not_finite_or_has_no_bin(tmp_path):
     odd = {"nan": torch.tensor([1.0, float("nan")]), "none": torch.zeros(0), "bf16": torch.ones(3).bfloat16()}
     odd |= {"huge": torch.full((3,), 1e30), "large": torch.tensor([1e30, 1e19])}

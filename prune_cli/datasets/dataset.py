@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from prune_cli.errors import UserError
+from prune_cli.external_files import not_a_folder
 from prune_cli.targets import source_hash
 
 
@@ -77,3 +79,11 @@ class Dataset(ABC):
         """Identifies the content; part of every result's key. The name suffices for data sets
         whose content is fixed by the name; folders override it."""
         return self.name
+
+
+def check_root(data_root: Path) -> None:
+    """Raises UserError: the data root is there, but is no folder that can be looked into."""
+    if (problem := not_a_folder(data_root)) not in (None, "does not exist"):
+        raise UserError(
+            f"runtime.data_root={data_root}: {problem}; give the folder that holds the data sets, or set PRUNE_DATA"
+        )

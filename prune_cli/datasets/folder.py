@@ -1,27 +1,22 @@
 """Any pair of image folders that fits in memory: decoded once, then kept as one file of pixels."""
 
-import logging
+import hashlib
 import os
-import tempfile
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from prune_cli.datasets.files import ImageFiles, digest, open_image, pixels, scan_pair
+from prune_cli.datasets.cache import CACHE, keep_content, keep_pixels, recall_content, recall_pixels
+from prune_cli.datasets.decoding import open_image, pixels
+from prune_cli.datasets.files import ImageFiles, content_digest, dates, say_passed_over, scan_pair
 from prune_cli.datasets.tensors import Images, InMemoryDataset
 from prune_cli.errors import UserError
 from prune_cli.settings import Count
-
-log = logging.getLogger(__name__)
-
-CACHE = ".prune-cli"  # below the data root
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +25,8 @@ class ImageFolder(InMemoryDataset):
 
     path: relative to the data root, or absolute. resolution: height and width in pixels; images of
     another size are cut to the largest centred square and resized. channels: 3 for RGB, 1 for grey.
-    The decoded pixels are cached below the data root, in a file named by the content.
+    Images are turned as their EXIF orientation says, which torchvision's ImageFolder does not. The decoded
+    pixels are cached below the data root, in a file named by the content.
     """
 
     path: str
@@ -47,12 +43,13 @@ class ImageFolder(InMemoryDataset):
                 f"{self.name}: the decoded images take {size / 2**30:.0f} GiB, more than this machine's memory; "
                 f"stream them with dataset=imagenet dataset.path={self.path}"
             )
+        say_passed_over(self.name, *parts)
         shape = (self.channels, self.resolution, self.resolution)
-        cache = data_root / CACHE / f"{digest(*parts)[:32]}-{'x'.join(map(str, shape))}.npz"
-        stored = _recall(cache, [(len(files.paths), *shape) for files in parts])
+        cache = data_root / CACHE / f"{_content(data_root, parts)[:32]}-{'x'.join(map(str, shape))}.npz"
+        stored = recall_pixels(cache, [(len(files.paths), *shape) for files in parts])
         if stored is None:
             stored = [self._decoded(files, shape) for files in parts]
-            _keep(cache, stored)
+            keep_pixels(cache, stored)
         return Images(stored[0], train.labels), Images(stored[1], test.labels)
 
     def settings(self) -> dict[str, Any]:
@@ -60,8 +57,8 @@ class ImageFolder(InMemoryDataset):
         return {name: value for name, value in super().settings().items() if name != "path"}
 
     def fingerprint(self, data_root: Path) -> str:
-        """Hash of the names and sizes of all files: a file edited to the same size goes unnoticed."""
-        return digest(*scan_pair(data_root, self.path, self.name))
+        """Hash of the names and the content of all files."""
+        return _content(data_root, scan_pair(data_root, self.path, self.name))
 
     def _decoded(self, files: ImageFiles, shape: tuple[int, ...]) -> Tensor:
         """uint8 (N, C, H, W). Pillow decodes outside the interpreter lock, so threads suffice."""
@@ -69,7 +66,7 @@ class ImageFolder(InMemoryDataset):
 
         def fill(start: int) -> None:
             for index in range(start, min(start + 256, len(result))):
-                image = open_image(files, index, self.channels, self.name)
+                image = open_image(files, index, self.channels)
                 if image.size != (self.resolution, self.resolution):
                     image = ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.BILINEAR)
                 result[index] = pixels(image)
@@ -79,39 +76,17 @@ class ImageFolder(InMemoryDataset):
         return result
 
 
+def _content(data_root: Path, parts: tuple[ImageFiles, ImageFiles]) -> str:
+    """`content_digest`, read anew only where a date or a size has changed."""
+    roots = hashlib.sha256(os.fsencode("\0".join(os.path.realpath(files.root) for files in parts))).hexdigest()
+    known, (dated, latest) = data_root / CACHE / f"{roots[:32]}.content", dates(*parts)
+    content = recall_content(known, dated)
+    if content is None:
+        content = content_digest(*parts)
+        keep_content(known, dated, latest, content)
+    return content
+
+
 def _memory() -> int:
     """Physical memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _recall(cache: Path, shapes: list[tuple[int, ...]]) -> list[Tensor] | None:
-    """The training and test pixels kept in `cache`, None when it is absent or damaged."""
-    try:
-        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = [stored["train"], stored["test"]]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
-        log.warning("%s cannot be read and will be written again (%s)", cache, problem)
-        return None
-    if any(array.dtype != np.uint8 or array.shape != shape for array, shape in zip(arrays, shapes)):
-        log.warning("%s holds something else and will be written again", cache)
-        return None
-    return [torch.from_numpy(array) for array in arrays]
-
-
-def _keep(cache: Path, stored: list[Tensor]) -> None:
-    """Write the cache aside and move it into place; without room or permission there is none."""
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".part", delete=False) as part:
-            try:
-                np.savez(part, train=stored[0].numpy(), test=stored[1].numpy())
-                part.close()
-                os.chmod(part.name, 0o644)  # a data root is often shared
-                os.replace(part.name, cache)
-            except BaseException:
-                os.unlink(part.name)
-                raise
-    except OSError as problem:
-        log.info("the decoded images are not kept (%s): they will be decoded again next time", problem)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from prune_cli.datasets.dataset import Dataset, Splits
-from prune_cli.datasets.files import ImageFiles, digest, open_image, pixels, scan_pair
+from prune_cli.datasets.decoding import open_image, pixels
+from prune_cli.datasets.files import ImageFiles, digest, say_passed_over, scan_pair
 from prune_cli.datasets.subsets import limited, partition
 from prune_cli.datasets.tensors import Normalisation
 from prune_cli.errors import UserError
@@ -40,7 +41,7 @@ class Decoder:
         return images, self.files.labels[[index for index, _ in keys]]
 
     def _image(self, transform: Callable[[Image.Image], Image.Image], index: int, seed: int) -> Tensor:
-        image = open_image(self.files, index, 3, self.folder.name)
+        image = open_image(self.files, index, 3)
         with torch.random.fork_rng(devices=[]):  # torchvision's crops draw from the global generator
             torch.manual_seed(seed)
             return pixels(transform(image))
@@ -99,7 +100,8 @@ class StreamedFolder(Dataset):
 
     path: relative to the data root, or absolute. resolution: height and width given to the network.
     Training draws a crop of at least `min_area` of the image (3:4 to 4:3) and mirrors every other
-    one if `flip`; evaluation resizes the shorter side to `resize` and cuts the centre.
+    one if `flip`; evaluation resizes the shorter side to `resize` and cuts the centre. Images are turned as their
+    EXIF orientation says, which torchvision's ImageNet does not.
     """
 
     path: str
@@ -119,6 +121,7 @@ class StreamedFolder(Dataset):
             raise UserError(f"dataset.resize={self.resize}: must be at least dataset.resolution={self.resolution}")
         Normalisation.check(self.name, self.mean, self.std, 3)
         train, test = scan_pair(data_root, self.path, self.name)
+        say_passed_over(self.name, train, test)
         normalise = Normalisation(self.mean, self.std, device)
 
         def split(files: ImageFiles, indices: Tensor) -> StreamedSplit:
@@ -140,7 +143,8 @@ class StreamedFolder(Dataset):
         return {name: value for name, value in super().settings().items() if name != "path"}
 
     def fingerprint(self, data_root: Path) -> str:
-        """Hash of the names and sizes of all files: a file edited to the same size goes unnoticed."""
+        """Hash of the names and sizes of all files: to read all of ImageNet before each run takes too long, so that a
+        file edited to the same size goes unnoticed here."""
         return digest(*scan_pair(data_root, self.path, self.name))
 
     def transform(self, augment: bool) -> Callable[[Image.Image], Image.Image]:
