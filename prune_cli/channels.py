@@ -1,31 +1,46 @@
 """Which layers share channels: what goes together when a channel is removed."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from prune_cli.evaluation import evaluating
-from prune_cli.modules import fixed
-from prune_cli.slicing import block_size, follows
-from prune_cli.tracing import OUTPUT, Untraced, trace, writes
+from prune_cli.slicing import follows
+
+INPUT = "its channels are those of the network's input"
+OUTPUT = "its channels are the network's output"
 
 
 @dataclass(frozen=True)
-class _Member:
+class Member:
     """A layer that writes, norms (`written`) or reads the channels of a group: per channel the places
     where it has it, several behind a flatten or where it is concatenated twice."""
 
     layer: str
     written: bool
-    places: dict[int, list[int]]
+    places: Mapping[int, Sequence[int]]
 
     @cached_property
     def everywhere(self) -> list[int]:
         """The places of all channels, in the channels' order: asked for again and again."""
         return [place for channel in sorted(self.places) for place in self.places[channel]]
+
+
+@dataclass(eq=False)
+class Step:
+    """A layer or an operation on the way of the channels.
+
+    layer    its name; "" for an operation
+    norm     whether it is a batch norm; writes: whether it writes channels of its own
+    inputs   how many others it reads; readers: those that read it
+    """
+
+    layer: str
+    norm: bool
+    writes: bool
+    inputs: int
+    readers: list["Step"] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -56,25 +71,34 @@ class ChannelGroup:
         return self.blocked is None
 
 
+@dataclass(frozen=True)
 class ChannelGraph:
-    """The channel groups of a network.
+    """The channel groups of a network, by the names of its layers.
 
-    model.input_shape is the (C, H, W) that the network is traced with; `indispensable` are reasons why channels
-    cannot be removed that tracing does not see, by the layers that write them.
-    pointwise  names of the linear layers that work on the channels of maps, as 1x1 convolutions do
+    groups     in the order of the network
+    members    per group, by its producers, the layers that have its channels
+    pointwise  the linear layers that work on the channels of maps, as 1x1 convolutions do
+    fixed      per module whose tensors nobody may change why
+    steps      per convolution and linear layer that is called where it stands on the way of the channels
+    untraced   why the network could not be traced, so that there are no groups
     """
 
-    def __init__(self, model: nn.Module, indispensable: Mapping[tuple[str, ...], str] | None = None) -> None:
-        self.model, self._indispensable, self._fixed = model, indispensable or {}, fixed(model)
-        with evaluating(model):
-            self._trace = trace(model)
-        self._names = {module: name for name, module in model.named_modules()}
-        self._order = {name: place for place, name in enumerate(self._names.values())}
-        self._members: dict[ChannelGroup, list[_Member]] = {}
-        described = [self._describe(found) for found in self._trace.get_all_groups()]
-        found = (group for group in described if group.producers)
-        self.groups = tuple(sorted(found, key=lambda group: self._order[group.producers[0]]))
-        self.pointwise = frozenset(self._names[layer] for layer in self._trace.pointwise)
+    model: nn.Module
+    groups: tuple[ChannelGroup, ...]
+    members: Mapping[tuple[str, ...], Sequence[Member]]
+    pointwise: frozenset[str]
+    fixed: Mapping[str, str]
+    steps: Mapping[str, Step]
+    untraced: str | None = None
+
+    def of_model(self, model: nn.Module) -> "ChannelGraph":
+        """The same of another network of the same structure."""
+        return replace(self, model=model)
+
+    def blocking(self, reasons: Mapping[tuple[str, ...], str]) -> "ChannelGraph":
+        """The same with groups, by their producers, whose channels cannot be removed after all."""
+        groups = (replace(g, blocked=g.blocked or reasons.get(g.producers)) for g in self.groups)
+        return replace(self, groups=tuple(groups))
 
     @property
     def inner(self) -> tuple[ChannelGroup, ...]:
@@ -89,8 +113,7 @@ class ChannelGraph:
         """Why the layer's filters cannot be removed one by one, each with its channel; None = they can."""
         group = self.of(layer)
         if group is None:
-            untraced = isinstance(self._trace, Untraced)
-            return self._trace.reason if untraced else "the network never calls it, or without a gradient"
+            return self.untraced or "the network never calls it, or without a gradient"
         if group.blocked is not None:
             return group.blocked
         others = [name for name in group.sources if name != layer]
@@ -106,8 +129,8 @@ class ChannelGraph:
         """Why the layer's filters cannot be removed where other layers go on writing their channels; None = they
         can, and what is left is put back at its places."""
         module, group = self.model.get_submodule(layer), self.of(layer)
-        if layer in self._fixed:
-            return self._fixed[layer]
+        if layer in self.fixed:
+            return self.fixed[layer]
         if group is None or group.blocked == OUTPUT:
             return self.why_not_alone(layer)
         if isinstance(module, nn.Linear):
@@ -124,7 +147,7 @@ class ChannelGraph:
         return dict(self._places(group, channels, written=False))
 
     def _places(self, group: ChannelGroup, channels: Sequence[int], written: bool) -> Iterator[tuple[str, list[int]]]:
-        for member in self._members[group]:
+        for member in self.members[group.producers]:
             if member.written != written:
                 continue
             if channels == range(group.width):
@@ -136,79 +159,24 @@ class ChannelGraph:
 
     def own_norm(self, layer: str) -> str | None:
         """The batch norm that reads this layer and no other, where nothing else reads the layer."""
-        node = self._trace.module2node.get(self.model.get_submodule(layer))
-        readers = node.outputs if node else []  # a layer that the network never calls has no node
-        if len(readers) != 1 or not isinstance(readers[0].module, _NormBase) or len(readers[0].inputs) != 1:
-            return None
-        return self._names[readers[0].module]
+        readers = self.steps[layer].readers if layer in self.steps else []  # else the network never calls it
+        alone = len(readers) == 1 and readers[0].norm and readers[0].inputs == 1
+        return readers[0].layer if alone else None
 
     def ways(self, layer: str) -> dict[str, set[tuple[str, ...]]]:
         """Per layer that reads what this one writes, the batch norms that lie between: for each way, in order."""
-        start = self._trace.module2node.get(self.model.get_submodule(layer))
-        found, seen, open_ = {}, set(), [(start, ())] if start else []
+        found, seen, open_ = {}, set(), [(self.steps[layer], ())] if layer in self.steps else []
         while open_:
-            node, norms = open_.pop()
-            for follower in node.outputs:
-                name = self._names.get(follower.module, "")
-                if writes(follower.module):
-                    found.setdefault(name, set()).add(norms)
+            step, norms = open_.pop()
+            for follower in step.readers:
+                if follower.writes:
+                    found.setdefault(follower.layer, set()).add(norms)
                     continue
-                way = (follower, (*norms, name) if isinstance(follower.module, _NormBase) else norms)
+                way = (follower, (*norms, follower.layer) if follower.norm else norms)
                 if way not in seen:
                     seen.add(way)
                     open_.append(way)
         return found
-
-    def _describe(self, found) -> ChannelGroup:
-        producers, norms, reasons, members, block = [], [], [], [], 1
-        for item in found:
-            module, written = item.dep.target.module, self._trace.is_out_channel_pruning_fn(item.dep.handler)
-            reasons.append(self._trace.reason(item.dep))
-            if module not in self._names:
-                continue
-            block = max(block, block_size(module))
-            places: dict[int, list[int]] = {}
-            for channel, place in zip(item.root_idxs, item.idxs):
-                places.setdefault(channel, []).append(place)
-            members.append(_Member(self._names[module], written, places))
-            if written and writes(module):
-                producers.append(self._names[module])
-            elif written and isinstance(module, _NormBase):
-                norms.append(self._names[module])
-        producers.sort(key=self._order.__getitem__)
-        sources = tuple(name for name in producers if self._decides(name))
-        if not sources:
-            reasons.append("no layer of its own writes its channels")
-        width = len(found[0].idxs)
-        reasons.extend(self._in_part(name, members, width) for name in sources)
-        reasons.extend(self._constant(member) for member in members)
-        reasons.extend(f"{m.layer} {self._fixed[m.layer]}" for m in members if m.layer in self._fixed)
-        reasons.append(self._indispensable.get(tuple(producers)))
-        blocked = next(filter(None, reasons), None)
-        group = ChannelGroup(tuple(producers), sources, tuple(norms), width, block, blocked)
-        self._members[group] = members
-        return group
-
-    def _in_part(self, layer: str, members: list[_Member], width: int) -> str | None:
-        """Why a layer cannot lose these channels that writes some of them only, or others as well."""
-        places = [m.places for m in members if m.layer == layer and m.written]
-        channels = {channel for found in places for channel in found}
-        written = {place for found in places for own in found.values() for place in own}
-        whole = len(channels) == width and len(written) == _width(self.model.get_submodule(layer))
-        return None if whole else f"a sum with a concatenation, of which {layer} writes a part"
-
-    def _constant(self, member: _Member) -> str | None:
-        """Why a layer that reads the channels would feel that they are gone: what comes of a zero is no zero."""
-        module = self.model.get_submodule(member.layer)
-        return None if member.written or not writes(module) else self._trace.constant(module, member.everywhere)
-
-    def _decides(self, layer: str) -> bool:
-        module = self.model.get_submodule(layer)
-        return not follows(module) and not self._trace.is_gate(module)
-
-
-def _width(layer: nn.Module) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def _kind(convolution: nn.Conv2d) -> str:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from prune_cli.channels import ChannelGraph, united
+from prune_cli.channels import united
+from prune_cli.grouping import traced
 from prune_cli.layers.select import SelectChannels, selected
 from prune_cli.modules import replace_module
 from prune_cli.slicing import take_out
@@ -19,14 +20,14 @@ from prune_cli.slicing import take_out
 def stream_norms(model: nn.Module) -> tuple[str, ...]:
     """The batch norms with a scale that belong to no single layer, and whose channels nothing but
     convolutions and linear layers behind them reads."""
-    graph = ChannelGraph(model)
+    graph = traced(model)
     own = {graph.own_norm(producer) for group in graph.groups for producer in group.producers}
     candidates = [
         name for name, module in model.named_modules()
         if isinstance(module, nn.BatchNorm2d) and module.weight is not None and name not in own
     ]  # fmt: skip
     with _as_convolutions(model, candidates):
-        alone = {group.producers for group in ChannelGraph(model).inner if not group.norms}
+        alone = {group.producers for group in traced(model).inner if not group.norms}
     return tuple(name for name in candidates if (name,) in alone)
 
 
@@ -34,7 +35,7 @@ def select(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, str]:
     """Leave out, in place, the channels of stream norms that are not kept: before the norm, which
     shrinks, and in all layers behind it. Returns the new names of the norms that got another one."""
     with _as_convolutions(model, keep):
-        graph = ChannelGraph(model)
+        graph = traced(model)
     gone = {
         group: (~keep[group.sources[0]]).nonzero().flatten().tolist()
         for group in graph.inner if group.sources[0] in keep

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from prune_cli.channels import INPUT, OUTPUT
 from prune_cli.evaluation import blank_image
 from prune_cli.slicing import block_size, follows
 from prune_cli.tracking import Barrier, ChannelTracker, silenced
 from prune_cli.user_code import what_failed
-
-INPUT = "its channels are those of the network's input"
-OUTPUT = "its channels are the network's output"
 
 
 class _Blocks(tp.pruner.function.DepthwiseConvPruner):

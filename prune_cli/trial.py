@@ -8,7 +8,6 @@ training mode. Where it does not, the layers at fault are found by halving, and 
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,23 +17,24 @@ from torch.nn.modules.batchnorm import _NormBase
 from prune_cli.channels import ChannelGraph
 from prune_cli.cutting import PACKED, cut_in_place, mask_in_place
 from prune_cli.evaluation import observe, random_images
+from prune_cli.grouping import traced
 from prune_cli.layers.stripe import unpackable
 from prune_cli.masks import UNIT_AXES, Masks
 from prune_cli.plain import plain
 from prune_cli.streams import stream_norms
+from prune_cli.structure import structure
 from prune_cli.user_code import what_failed
 from prune_cli.verify import first_difference
 
 Removal = Literal["channel", "filter", "selection", "stripe", "group"]
 _UNITS = {"channel": "filter", "filter": "filter", "selection": "filter", "stripe": "stripe", "group": "group"}
 _PLURAL = {"filter": "channels", "stripe": "stripes", "group": "columns"}
-_SIMPLE = (bool, int, float, str, tuple, FunctionType)  # attributes that may decide what a forward does
 _KNOWN: dict[tuple, Mapping[tuple[str, ...], str]] = {}  # per structure of a network, and what is removed
 
 
 def channel_graph(model: nn.Module) -> ChannelGraph:
     """The channel groups of the network; those that it cannot do without are blocked."""
-    return ChannelGraph(model, indispensable(model, "channel"))
+    return traced(model).blocking(indispensable(model, "channel"))
 
 
 def indispensable(model: nn.Module, removal: Removal) -> Mapping[tuple[str, ...], str]:
@@ -45,7 +45,7 @@ def indispensable(model: nn.Module, removal: Removal) -> Mapping[tuple[str, ...]
     selection  channels of a stream, for the layers behind one batch norm
     stripe, group  parts of all filters of a layer, which becomes a packed one
     """
-    key = (removal, _structure(model))
+    key = (removal, structure(model))
     if key not in _KNOWN:
         _KNOWN[key] = _refused(plain(model), removal)
     return _KNOWN[key]
@@ -93,14 +93,14 @@ def _refused(model: nn.Module, removal: Removal) -> dict[tuple[str, ...], str]:
 
 
 def _channels(model: nn.Module) -> Iterator[_Attempt]:
-    for group in ChannelGraph(model).groups:
+    for group in traced(model).groups:
         if group.removable and group.width > group.block:
             keep = _every_other(group.width // group.block).repeat_interleave(group.block)
             yield _Attempt(group.producers, dict.fromkeys(group.sources, keep))
 
 
 def _filters(model: nn.Module) -> Iterator[_Attempt]:
-    graph = ChannelGraph(model)
+    graph = traced(model)
     for name, layer in model.named_modules():
         prunable = isinstance(layer, (nn.Conv2d, nn.Linear)) and graph.why_not_for_itself(name) is None
         if prunable and len(layer.weight) > 1:
@@ -149,7 +149,7 @@ def _problem(model: nn.Module, attempts: Sequence[_Attempt], removal: Removal) -
     masks = Masks(unit, {name: keep for attempt in attempts for name, keep in attempt.keep.items()}, 0.5)
     masked = _randomised(copy.deepcopy(model))
     try:
-        small = cut_in_place(copy.deepcopy(masked), mask_in_place(ChannelGraph(masked, known), masks), masks)
+        small = cut_in_place(copy.deepcopy(masked), mask_in_place(traced(masked).blocking(known), masks), masks)
         if (found := first_difference(masked, small)) is not None:
             return f"{what} computes something else: {found[0] or 'the output'} {found[1]}"
     except Exception as problem:  # of the user's code, or because a layer is not what it seems
@@ -189,16 +189,3 @@ def _randomised(model: nn.Module) -> nn.Module:
         norm.running_mean.copy_(0.3 * torch.randn(norm.running_mean.shape, generator=generator))
         norm.running_var.copy_(0.5 + torch.rand(norm.running_var.shape, generator=generator))
     return model
-
-
-def _structure(model: nn.Module) -> tuple:
-    """What decides whether a removal works: classes, shapes and simple attributes of all modules, not the weights."""
-    return tuple(_described(name, module) for name, module in model.named_modules()), tuple(model.input_shape)
-
-
-def _described(name: str, module: nn.Module) -> tuple:
-    module = module.plain() if hasattr(module, "plain") else module
-    held = {**module._parameters, **module._buffers}
-    shapes = tuple((n, tuple(t.shape)) for n, t in held.items() if t is not None)
-    simple = tuple((n, repr(v)) for n, v in vars(module).items() if n != "training" and isinstance(v, _SIMPLE))
-    return name, type(module), shapes, simple, tuple(module._modules.keys())

@@ -42,7 +42,7 @@ from tiny import randomise
 
 from prune_cli import surgery
 from prune_cli.build import build
-from prune_cli.channels import ChannelGraph
+from prune_cli.grouping import traced
 from prune_cli.checkpoint import load_model, save_model
 from prune_cli.compose import CONF, Composer, loader
 from prune_cli.environment import write_env
@@ -174,7 +174,7 @@ class Proof:
     def __init__(self, name: str) -> None:
         self.name = name
         self.dense, self.spec = network(name)
-        self.on_maps = ChannelGraph(self.dense).pointwise
+        self.on_maps = traced(self.dense).pointwise
         self.expected = output(self.dense)
         self.channels = channels(self.dense, self.on_maps)
         self.parameters = count_parameters(self.dense)

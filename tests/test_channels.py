@@ -5,13 +5,14 @@ import torch
 from torch import nn
 from toys import network
 
-from prune_cli.channels import ChannelGraph, ChannelGroup
+from prune_cli.channels import ChannelGroup
+from prune_cli.grouping import traced
 from prune_cli.slicing import take_out
 
 RESNET, VGG, LENET = "prune_cli.models.resnet.CifarResNet", "prune_cli.models.vgg.VGG", "prune_cli.models.lenet"
 
 
-def remove(graph: ChannelGraph, group: ChannelGroup, channels: list[int]) -> None:
+def remove(graph, group: ChannelGroup, channels: list[int]) -> None:
     outputs, inputs = graph.outputs(group, channels), graph.inputs(group, channels)
     for name in outputs.keys() | inputs.keys():
         take_out(graph.model.get_submodule(name), outputs.get(name, ()), inputs.get(name, ()))
@@ -19,12 +20,12 @@ def remove(graph: ChannelGraph, group: ChannelGroup, channels: list[int]) -> Non
 
 def groups(model: nn.Module) -> dict[frozenset, bool]:
     """Producers -> removable."""
-    return {frozenset(group.producers): group.removable for group in ChannelGraph(model).groups}
+    return {frozenset(group.producers): group.removable for group in traced(model).groups}
 
 
 def test_every_layer_of_a_vgg_has_its_own_channels():
     model = network(VGG, depth=11, width=0.25, classifier="double")
-    found = {group.producers: group for group in ChannelGraph(model).groups}
+    found = {group.producers: group for group in traced(model).groups}
     convolutions = [f"features.conv{n}" for n in range(1, 9)]
     assert set(found) == {(name,) for name in [*convolutions, "classifier.fc1", "classifier.fc2"]}
     for n, name in enumerate(convolutions, 1):
@@ -61,7 +62,7 @@ def test_a_parameter_free_shortcut_is_a_boundary():
 def test_the_flattened_map_of_a_lenet():
     model = network(f"{LENET}.LeNet5", channels=1, resolution=28)
     assert groups(model) == {frozenset([n]): n != "fc2" for n in ("conv1", "conv2", "fc1", "fc2")}
-    graph = ChannelGraph(model)
+    graph = traced(model)
     group = next(g for g in graph.groups if g.producers == ("conv2",))
     remove(graph, group, [3, 10])
     assert model.fc1.in_features == 48 * 16
@@ -75,7 +76,7 @@ def test_a_network_of_linear_layers(channels):
 
 
 def test_branches_of_a_concatenation_have_their_own_channels():
-    graph = ChannelGraph(network("toys.Concat"))
+    graph = traced(network("toys.Concat"))
     found = {group.producers: group for group in graph.groups}
     assert {p: g.removable for p, g in found.items()} == {
         ("left",): True, ("right",): True, ("next",): True, ("fc",): False,
@@ -88,7 +89,7 @@ def test_branches_of_a_concatenation_have_their_own_channels():
 def test_a_depthwise_convolution_shares_the_channels_it_reads():
     model = network("toys.Grouped", groups=6)
     assert groups(model)[frozenset(["expand", "spread"])] is True
-    graph = ChannelGraph(model)
+    graph = traced(model)
     assert {group.sources for group in graph.inner} == {("project",), ("expand",)}
     remove(graph, next(g for g in graph.groups if "spread" in g.producers), [0, 5])
     assert model.spread.weight.shape == (4, 1, 3, 3)
@@ -97,7 +98,7 @@ def test_a_depthwise_convolution_shares_the_channels_it_reads():
 
 def test_a_grouped_convolution_loses_whole_groups_with_what_it_reads():
     model = network("toys.Grouped", groups=2)
-    graph = ChannelGraph(model)
+    graph = traced(model)
     group = graph.of("expand")
     assert (set(group.producers), group.sources, group.block, group.removable) == ({"expand", "spread"}, ("expand",), 3, True)
     assert [inner.sources for inner in graph.inner] == [("project",)]
@@ -112,7 +113,7 @@ def test_a_norm_that_mixes_channels_keeps_them():
 
 
 def test_activations_with_parameters_write_no_channels():
-    found = ChannelGraph(network("toys.Kernels")).inner
+    found = traced(network("toys.Kernels")).inner
     assert {group.producers for group in found} == {("wide",), ("point",), ("bare",), ("same",)}
 
 
@@ -137,7 +138,7 @@ def test_activations_with_parameters_write_no_channels():
     ],
 )
 def test_what_cannot_be_removed_says_why(target, blocked, reason):
-    graph = ChannelGraph(network(target))
+    graph = traced(network(target))
     found = {name: group.blocked for group in graph.groups for name in group.producers if group.blocked}
     assert found.pop("fc") == "its channels are the network's output"
     assert set(found) == blocked
@@ -145,7 +146,7 @@ def test_what_cannot_be_removed_says_why(target, blocked, reason):
 
 
 def test_a_gate_goes_with_what_it_scales():
-    graph = ChannelGraph(network("toys.Squeezed"))
+    graph = traced(network("toys.Squeezed"))
     group = graph.of("branch")
     assert (set(group.producers), group.sources) == ({"branch", "excite"}, ("branch",))
     assert graph.why_not_alone("excite") == "a gate: its channels go with those of branch"
@@ -153,12 +154,12 @@ def test_a_gate_goes_with_what_it_scales():
 
 
 def test_a_layer_called_twice_shares_what_it_reads_and_writes():
-    group = ChannelGraph(network("toys.Twice")).of("stem")
+    group = traced(network("toys.Twice")).of("stem")
     assert set(group.sources) == {"stem", "branch"}
 
 
 def test_linear_layers_on_maps_are_known():
-    graph = ChannelGraph(network("toys.OnMaps"))
+    graph = traced(network("toys.OnMaps"))
     assert graph.pointwise == {"wide", "narrow"}
     assert {group.sources for group in graph.inner} == {("wide",), ("next",)}
 
@@ -177,7 +178,7 @@ def test_the_network_output_stays(target, arguments, frozen):
     model = network(target, **arguments)
     model.requires_grad_(not frozen)
     last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    graph = ChannelGraph(model)
+    graph = traced(model)
     assert [group.removable for group in graph.groups if last in group.producers] == [False]
     written = [name for group in graph.groups for name in group.producers]
     assert len(written) == len(set(written))
@@ -195,7 +196,7 @@ def test_looking_at_a_network_leaves_it_as_it_was(target, arguments, grad):
     learns = [p.requires_grad for p in model.parameters()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.set_grad_enabled(grad):
-        graph = ChannelGraph(model)
+        graph = traced(model)
         graph.outputs(graph.inner[0], [0])
     assert all(model.get_submodule(name) is module for name, module in modules.items())
     assert [m.training for m in model.modules()] == flags
@@ -209,6 +210,6 @@ def test_a_network_that_cannot_run_is_left_as_it_was():
     model = network(RESNET, depth=20, shortcut="A").train()
     shortcut, model.input_shape = model.layer2[0].shortcut, (5, 8, 8)
     with pytest.raises(RuntimeError):
-        ChannelGraph(model)
+        traced(model)
     assert model.layer2[0].shortcut is shortcut
     assert all(module.training for module in model.modules())

@@ -8,7 +8,7 @@ from toys import network
 from torch import nn
 
 from prune_cli import surgery
-from prune_cli.channels import ChannelGraph
+from prune_cli.grouping import traced
 from prune_cli.masks import Masks
 from prune_cli.methods.fp import FilterPruning
 from prune_cli.methods.neuron_merging import NeuronMerging
@@ -77,7 +77,7 @@ def test_duplicates_merge_exactly_whatever_lies_before_the_reader(target, argume
     """Every second filter is half of its neighbour and sounds the same behind every batch norm: the one
     inside a block (conv1 - bn2 - relu - conv2), those behind a concatenation, none at all before a shortcut."""
     model = network(target, **arguments)
-    graph = ChannelGraph(model)
+    graph = traced(model)
     groups = {name: filters.group for name, filters in NeuronMerging().prunable(model).layers.items()}
     for name, group in groups.items():
         layer, places = model.get_submodule(name), graph.outputs(group, range(group.width))
@@ -121,7 +121,7 @@ def test_it_is_the_loop_over_neurons_of_the_paper(bn_scale, lam):
     method = NeuronMerging(bn_scale=bn_scale, lam=lam, threshold=0.05)
     masks = method.prune(model, 0.5)
     merged = method.compensate(model, masks)
-    graph, changed = ChannelGraph(model), False
+    graph, changed = traced(model), False
     for group in graph.inner:
         if group.producers[0] not in masks.keep:
             continue
