@@ -16,6 +16,14 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What a test shows may be no text, as a file's name may be: parallel workers can only send text."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 @pytest.fixture(scope="session")
 def composer():
     """What composes a config from the overrides of a command line."""
